@@ -1,0 +1,108 @@
+"""The plant: a double integrator under piecewise constant acceleration, and its batched simulation.
+
+x_{k+1} = A x_k + B u_k,   A = [[1, dt], [0, 1]],   B = [dt^2/2, dt]
+
+with x = (position, velocity) in m and m/s, u in m/s^2. This zero-order hold is exact. The actuator
+saturates; states are never clamped, since a clamped state is a free brake.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minigrpo.shapes import check_shapes
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What the plant did: states k = 0..T, controls as applied, count of states out of bounds."""
+
+    states: Tensor  # [N, T+1, 2] m, m/s
+    controls: Tensor  # [N, T] m/s^2, saturated
+    num_violations: Tensor  # [N] int64, states k = 1..T out of bounds, one for each
+
+    def __post_init__(self) -> None:
+        check_shapes(
+            controls=(self.controls, "N T"),
+            states=(self.states, "N T+1 2"),
+            num_violations=(self.num_violations, "N"),
+        )
+
+
+@dataclass(frozen=True)
+class DoubleIntegrator:
+    """Step, horizon, bounds and start grid: the home of every number about the plant."""
+
+    dt: float = 0.1  # s
+    horizon: int = 50  # steps
+    state_bound: float = 1.0  # m and m/s; leaving it is counted, not prevented
+    control_bound: float = 3.0  # m/s^2; the actuator saturates here
+    start_bound: float = 0.8  # m and m/s
+    start_decimals: int = 2  # starts are exact in text
+
+    def __post_init__(self) -> None:
+        for name in ("dt", "state_bound", "control_bound", "start_bound"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {self.horizon}")
+        if not 0 <= self.start_decimals <= 6:
+            raise ValueError(f"start_decimals must be between 0 and 6, got {self.start_decimals}")
+        bound, decimals = self.start_bound, self.start_decimals
+        if bound > self.state_bound:
+            raise ValueError(f"start_bound must be at most {self.state_bound}, got {bound}")
+        if bound != round(bound, decimals):
+            raise ValueError(f"start_bound must have {decimals} decimals, got {bound}")
+
+    def matrices(
+        self, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A [2, 2] and B [2] of the exact zero-order hold."""
+        transition = torch.tensor([[1.0, self.dt], [0.0, 1.0]], dtype=dtype, device=device)
+        return transition, torch.tensor([self.dt**2 / 2, self.dt], dtype=dtype, device=device)
+
+    def start_grid(self) -> Tensor:
+        """All starts [K, 2] float64, position-major; each value is the float nearest to its text."""
+        scale = 10**self.start_decimals
+        limit = round(self.start_bound * scale)
+        # a division of integers rounds correctly; adding up steps of 0.01 would not
+        axis = torch.tensor([n / scale for n in range(-limit, limit + 1)], dtype=torch.float64)
+        return torch.cartesian_prod(axis, axis)
+
+    def step(self, state: Tensor, control: Tensor, out: Tensor | None = None) -> Tensor:
+        """A x + B u, the only dynamics there are: [2, N] and saturated controls [N] -> [2, N]."""
+        out = torch.empty_like(state) if out is None else out
+        torch.add(state[0], state[1], alpha=self.dt, out=out[0])
+        out[0].add_(control, alpha=self.dt**2 / 2)
+        torch.add(state[1], control, alpha=self.dt, out=out[1])
+        return out
+
+    def simulate(self, initial_states: Tensor, controls: Tensor) -> Trajectories:
+        """Saturate controls [N, T] and apply them from initial_states [N, 2] of the same dtype.
+
+        Time-major with the batch innermost, so each step streams over contiguous rows; the
+        [N, T+1, 2] handed out is a view of that. Not differentiable: the steps write into it.
+        """
+        sizes = check_shapes(
+            initial_states=(initial_states, "N 2"), controls=(controls, f"N {self.horizon}")
+        )
+        dtype, bound = initial_states.dtype, self.control_bound
+        if controls.dtype != dtype:
+            raise ValueError(f"controls must have dtype {dtype}, got {controls.dtype}")
+        applied = rearrange(controls, "n t -> t n").clamp(-bound, bound).contiguous()  # [T, N]
+        states = applied.new_empty(self.horizon + 1, 2, sizes["N"])  # [T+1, 2, N]
+        states[0] = rearrange(initial_states, "n c -> c n")
+        outside = torch.zeros_like(
+            applied[0]
+        )  # [N], a count in floats: adding bools to int64 is slow
+        for k in range(self.horizon):
+            self.step(states[k], applied[k], out=states[k + 1])
+            outside += torch.maximum(*states[k + 1].abs()).gt_(self.state_bound)
+        return Trajectories(
+            states=rearrange(states, "t c n -> n t c"),
+            controls=rearrange(applied, "t n -> n t"),
+            num_violations=outside.long(),
+        )

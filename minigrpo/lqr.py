@@ -1,0 +1,94 @@
+"""The expert: quadratic cost, infinite-horizon LQR gain, saturated LQR controls for a batch.
+
+cost = sum_{k<T} (x_k' Q x_k + R u_k^2) + terminal x_T' Q x_T,   Q = diag(position, velocity)
+u_k = -K x_k, saturated
+
+No factor 1/2 and no factor dt. One gain for all steps: against the time-varying gains of the finite
+horizon it costs at most 4e-5 more.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from einops import rearrange
+from scipy.linalg import solve_discrete_are  # type: ignore[import-untyped]
+from torch import Tensor
+
+from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.shapes import check_shapes
+
+
+@dataclass(frozen=True)
+class QuadraticCost:
+    """Weights of the cost; `terminal` multiplies the state weights at the last state."""
+
+    position: float = 10.0
+    velocity: float = 10.0
+    control: float = 0.1
+    terminal: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not 0 < getattr(self, field.name) < math.inf:
+                raise ValueError(
+                    f"{field.name} must be positive and finite, got {getattr(self, field.name)}"
+                )
+
+
+def trajectory_cost(trajectories: Trajectories, cost: QuadraticCost) -> Tensor:
+    """The cost [N] of each trajectory, with the controls as applied."""
+    weights = trajectories.states.new_tensor([cost.position, cost.velocity])  # [2]
+    state_costs = (trajectories.states.square() * weights).sum(dim=2)  # [N, T+1]
+    control_costs = cost.control * trajectories.controls.square()  # [N, T]
+    return (
+        state_costs[:, :-1].sum(dim=1)
+        + control_costs.sum(dim=1)
+        + cost.terminal * state_costs[:, -1]
+    )
+
+
+def lqr_gain(plant: DoubleIntegrator, cost: QuadraticCost) -> Tensor:
+    """The gain K [2], float64, of the infinite-horizon problem; u = -K x.
+
+    P = A'PA - A'PB (R + B'PB)^-1 B'PA + Q,   K = (R + B'PB)^-1 B'PA
+    """
+    transition, actuation = plant.matrices()
+    return _riccati_gain(
+        transition, actuation, torch.tensor([cost.position, cost.velocity]), cost.control
+    )
+
+
+def _riccati_gain(
+    transition: Tensor, actuation: Tensor, state_weights: Tensor, control_weight: float
+) -> Tensor:
+    column = rearrange(actuation, "c -> c 1")
+    value = torch.from_numpy(
+        solve_discrete_are(
+            transition.numpy(), column.numpy(), state_weights.diag().numpy(), [[control_weight]]
+        )
+    ).to(torch.float64)  # [2, 2]
+    return actuation @ value @ transition / (control_weight + actuation @ value @ actuation)
+
+
+def lqr_controls(
+    initial_states: Tensor,
+    plant: DoubleIntegrator,
+    cost: QuadraticCost,
+    decimals: int | None = None,
+) -> Tensor:
+    """Saturated LQR controls [N, T] from initial_states [N, 2].
+
+    `decimals` rounds each control inside the loop, so the next sees the effect of the rounded one:
+    the sum of costs grows by 0.001 %; rounding the finished plan costs some starts three times LQR.
+    """
+    check_shapes(initial_states=(initial_states, "N 2"))
+    gain = lqr_gain(plant, cost).to(initial_states)
+    state = rearrange(initial_states, "n c -> c n")  # [2, N]
+    controls = []
+    for _ in range(plant.horizon):
+        control = -(gain[0] * state[0] + gain[1] * state[1])  # [N]
+        control = control if decimals is None else control.round(decimals=decimals)
+        controls.append(control.clamp(-plant.control_bound, plant.control_bound))
+        state = plant.step(state, controls[-1])
+    return rearrange(torch.stack(controls), "t n -> n t")

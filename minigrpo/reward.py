@@ -1,0 +1,155 @@
+"""Rewards from parsed text and trajectories: `progress` for training, `punishment` to compare with.
+
+d_k = sqrt(position_k^2 + velocity_k^2), k = 0..T; u = controls as applied; default weights:
+baseline      50                                                                         50
+progress      30 max(0, (d_0 - d_T) / d_0); if d_0 < 1e-6: 30 if d_T < 0.1, else 0       0..30
+proximity     15 exp(-2 mean_k d_k), all T+1 states                                      0..15
+terminal      25 exp(-10 d_T)                                                            0..25
+efficiency    10 exp(-mean_k abs(u_k))                                                   0..10
+smoothness    8 exp(-2 mean_k abs(u_k - u_{k-1})), k = 1..T-1                            0..8
+lqr           -15 tanh(cost / 200)                                                       -15..0
+constraints   -min(2 violations, 20); violations = controls written out of bounds
+              + states k = 1..T with either part out of bounds                           -20..0
+validity      10 (share of the T+1 states within both bounds) - 5                        -5..5
+
+So valid text has more than 10, and malformed text has 0 in every component. The baseline cancels in
+the advantages of an all-valid group; in a mixed group it is the margin of valid over malformed.
+
+Punishment: -cost / 10, + 50 for d_T < 0.05 or 25 for d_T < 0.1, -10 for each violation, uncapped;
+malformed text has -10. Unbounded and stepped, it pays for breaking the format: without any control
+88 % of the starts are below -10.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.lqr import QuadraticCost, trajectory_cost
+from minigrpo.prompts import ParsedControls
+from minigrpo.shapes import check_shapes
+
+
+@dataclass(frozen=True)
+class RewardWeights:
+    """The largest size of each component of the progress reward."""
+
+    baseline: float = 50.0
+    progress: float = 30.0
+    proximity: float = 15.0
+    terminal: float = 25.0
+    efficiency: float = 10.0
+    smoothness: float = 8.0
+    lqr: float = 15.0
+    constraints: float = 2.0  # per violation
+    constraints_cap: float = 20.0
+    validity: float = 10.0  # from -5 to 5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not 0 <= getattr(self, field.name) < math.inf:
+                raise ValueError(
+                    f"{field.name} must be at least 0 and finite, got {getattr(self, field.name)}"
+                )
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The components [N] by name, and their sum."""
+
+    components: dict[str, Tensor]
+    total: Tensor  # [N] float64
+
+    def __post_init__(self) -> None:
+        check_shapes(
+            total=(self.total, "N"),
+            **{name: (value, "N") for name, value in self.components.items()},
+        )
+
+
+def compute_rewards(
+    kind: Literal["progress", "punishment"],
+    parsed: ParsedControls,
+    trajectories: Trajectories,
+    plant: DoubleIntegrator,
+    cost: QuadraticCost,
+    weights: RewardWeights,
+) -> Rewards:
+    """Rewards of N texts, each from its own trajectory's start; `weights` are for `progress`."""
+    check_shapes(written=(parsed.controls, "N T"), applied=(trajectories.controls, "N T"))
+    match kind:
+        case "progress":
+            components = progress_rewards(parsed, trajectories, plant, cost, weights)
+        case "punishment":
+            components = punishment_rewards(parsed, trajectories, plant, cost)
+        case _:
+            raise ValueError(f"kind must be progress or punishment, got {kind}")
+    return Rewards(components, torch.stack(list(components.values())).sum(dim=0))
+
+
+def progress_rewards(
+    parsed: ParsedControls,
+    trajectories: Trajectories,
+    plant: DoubleIntegrator,
+    cost: QuadraticCost,
+    weights: RewardWeights,
+) -> dict[str, Tensor]:
+    """The nine components [N] of the progress reward, float64; 0 for malformed text."""
+    states, controls = trajectories.states.double(), trajectories.controls.double()
+    distances = states.norm(dim=2)  # [N, T+1]
+    initial, final = distances[:, 0], distances[:, -1]  # [N]
+    progress = torch.where(
+        initial < 1e-6, (final < 0.1).double(), ((initial - final) / initial).clamp(min=0)
+    )
+    jerk = controls.diff(dim=1).abs().sum(dim=1) / max(
+        1, plant.horizon - 1
+    )  # [N]; horizon 1 has no difference
+    violations = _count_violations(parsed, trajectories, plant)
+    share_inside = (states.abs() <= plant.state_bound).all(dim=2).double().mean(dim=1)
+    components = {
+        "baseline": torch.full_like(final, weights.baseline),
+        "progress": weights.progress * progress,
+        "proximity": weights.proximity * torch.exp(-2 * distances.mean(dim=1)),
+        "terminal": weights.terminal * torch.exp(-10 * final),
+        "efficiency": weights.efficiency * torch.exp(-controls.abs().mean(dim=1)),
+        "smoothness": weights.smoothness * torch.exp(-2 * jerk),
+        "lqr": -weights.lqr * torch.tanh(trajectory_cost(trajectories, cost).double() / 200),
+        "constraints": -(weights.constraints * violations).clamp(max=weights.constraints_cap),
+        "validity": weights.validity * (share_inside - 0.5),
+    }
+    # where, not times 0: nothing of an invalid row may leak
+    return {name: torch.where(parsed.is_valid, value, 0.0) for name, value in components.items()}
+
+
+def punishment_rewards(
+    parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
+) -> dict[str, Tensor]:
+    """The components [N] of the punishment reward, float64; malformed beats most valid text."""
+    final = trajectories.states[:, -1].double().norm(dim=1)  # [N]
+    components = {
+        "cost": -trajectory_cost(trajectories, cost).double() / 10,
+        "success": 25.0 * (final < 0.1).double() + 25.0 * (final < 0.05).double(),
+        "constraints": -10 * _count_violations(parsed, trajectories, plant),
+    }
+    valid = {name: torch.where(parsed.is_valid, value, 0.0) for name, value in components.items()}
+    return valid | {"malformed": torch.where(parsed.is_valid, 0.0, -10.0).double()}
+
+
+def _count_violations(
+    parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator
+) -> Tensor:
+    """Controls written, and states reached, out of bounds: [N] float64."""
+    return (
+        (parsed.controls.abs() > plant.control_bound).sum(dim=1) + trajectories.num_violations
+    ).double()
+
+
+def breakdown_line(rewards: Rewards, row: int) -> str:
+    """One row on one line: `REWARD BREAKDOWN: baseline=50.0, progress=18.5, ... -> TOTAL=99.5`."""
+    parts = ", ".join(
+        f"{name}={value[row].item():z.1f}" for name, value in rewards.components.items()
+    )
+    return f"REWARD BREAKDOWN: {parts} -> TOTAL={rewards.total[row].item():z.1f}"

@@ -1,0 +1,26 @@
+"""Shape comments that run: `check_shapes` binds dimension letters to sizes, or raises."""
+
+import torch
+
+
+def check_shapes(**tensors: tuple[torch.Tensor, str]) -> dict[str, int]:
+    """Bind the dimensions of named tensors and return the bindings; ValueError if one misfits.
+
+    A dimension is a letter, a size or a letter plus a size; a letter keeps the first size it meets:
+    check_shapes(states=(states, "N T+1 2"), controls=(controls, "N T")) -> {"N": 8, "T": 50}
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, shape) in tensors.items():
+        dimensions = shape.split()
+        letters = dict.fromkeys(dimension.partition("+")[0] for dimension in dimensions)
+        known = [f"{letter}={sizes[letter]}" for letter in letters if letter in sizes]
+        fits = tensor.ndim == len(dimensions)
+        for dimension, size in zip(dimensions, tensor.shape, strict=False):
+            letter, _, extra = dimension.partition("+")
+            value = size - int(extra or 0)
+            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, value)
+            fits &= value == expected and value >= 0
+        if not fits:
+            wanted = f"[{', '.join(dimensions)}]" + (f" with {', '.join(known)}" if known else "")
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
+    return sizes
