@@ -1,0 +1,138 @@
+"""Where the data come from: the split of the start grid, LQR demonstrations, the prompt stream, and keyed randomness.
+
+Every draw is a pure function of (seed, purpose, step, prompt index): results do not depend on the number of ranks, and resuming
+needs no generator state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.lqr import QuadraticCost, lqr_controls
+from minigrpo.prompts import Codec, prompt_text
+from minigrpo.shapes import check_shapes
+from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
+
+PURPOSES = ("split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap", "initialise")
+SPLIT_SEED = 20_260_101  # one split for everybody: a run's own seed must not move a start from test to training
+HELD_OUT_STARTS = 2048  # of each of test and validation, out of 25,921
+
+
+def keyed_generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """Independent random numbers for each key; SeedSequence hashes it, so neighbouring keys share nothing."""
+    return np.random.default_rng([seed, PURPOSES.index(purpose), *key])
+
+
+@dataclass(frozen=True)
+class StartSplit:
+    """Disjoint rows of the start grid."""
+
+    test: Tensor  # [2048, 2]
+    validation: Tensor  # [2048, 2]
+    training: Tensor  # [rest, 2] demonstrations and prompts
+
+
+def split_starts(plant: DoubleIntegrator) -> StartSplit:
+    """Divide the start grid once and for all; the prefix of each part is a uniform sample of it."""
+    grid = plant.start_grid()
+    held_out = min(HELD_OUT_STARTS, len(grid) // 8)
+    order = torch.from_numpy(keyed_generator(SPLIT_SEED, "split").permutation(len(grid)))
+    return StartSplit(grid[order[:held_out]], grid[order[held_out : 2 * held_out]], grid[order[2 * held_out :]])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a checkpoint fixes about the problem; one object, so that no two stages can disagree."""
+
+    plant: DoubleIntegrator
+    cost: QuadraticCost
+    codec: Codec
+    tokenizer: PreTrainedTokenizerFast
+    max_completion_length: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one step; a start travels with its prompt and is never read back from text."""
+
+    initial_states: Tensor  # [P, 2] m, m/s; float64
+    indices: Tensor  # [P] int64, place in the run's stream of prompts: the key of its randomness
+    texts: tuple[str, ...]  # P strings
+    tokens: Tensor  # [P, L] int64, left-padded
+    mask: Tensor  # [P, L] bool
+
+    def __post_init__(self) -> None:
+        check_shapes(
+            initial_states=(self.initial_states, "P 2"),
+            indices=(self.indices, "P"),
+            tokens=(self.tokens, "P L"),
+            mask=(self.mask, "P L"),
+        )
+
+
+def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts:
+    """Prompts for given starts [P, 2]."""
+    rows = [encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in initial_states]
+    tokens, mask = _pad(rows, pad_id(task.tokenizer), left=True)
+    texts = tuple(prompt_text(state, task.plant, task.codec) for state in initial_states)
+    return Prompts(initial_states, indices, texts, tokens, mask)
+
+
+def training_starts(starts: Tensor, seed: int, step: int, num_prompts: int) -> tuple[Tensor, Tensor]:
+    """The fresh random starts [P, 2] of one step and their places [P] in the stream, from the training part."""
+    chosen = keyed_generator(seed, "prompts", step).integers(len(starts), size=num_prompts)
+    return starts[torch.from_numpy(chosen)], torch.arange(step * num_prompts, (step + 1) * num_prompts)
+
+
+def token_uniforms(seed: int, indices: Tensor, group_size: int, length: int, purpose: str = "tokens") -> Tensor:
+    """The uniforms [P * G, C] that decide every sampled token; row p * G + g depends on prompt p's index alone."""
+    rows = [keyed_generator(seed, purpose, int(index)).random((group_size, length), dtype=np.float32) for index in indices]
+    return torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0, length)
+
+
+@dataclass(frozen=True)
+class SFTBatch:
+    """Demonstrations as token rows: prompt, completion, EOS, right-padded."""
+
+    tokens: Tensor  # [B, K] int64
+    mask: Tensor  # [B, K] bool, real tokens
+    completion_mask: Tensor  # [B, K] bool, the tokens to learn: completion and EOS
+
+    def __post_init__(self) -> None:
+        check_shapes(
+            tokens=(self.tokens, "B K"), mask=(self.mask, "B K"), completion_mask=(self.completion_mask, "B K")
+        )
+
+    def rows(self, chosen: Tensor) -> SFTBatch:
+        return SFTBatch(self.tokens[chosen], self.mask[chosen], self.completion_mask[chosen])
+
+    def to(self, device: torch.device) -> SFTBatch:
+        return SFTBatch(self.tokens.to(device), self.mask.to(device), self.completion_mask.to(device))
+
+
+def demonstrations(starts: Tensor, task: Task) -> SFTBatch:
+    """Saturated LQR from given starts [B, 2], rounded inside the loop, so each control has seen the rounding before it."""
+    plans = lqr_controls(starts, task.plant, task.cost, decimals=task.codec.decimals)
+    prompts = [encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in starts]
+    completions = [encode_completion(task.tokenizer, plan, task.codec) for plan in plans]
+    tokens, mask = _pad([p + c for p, c in zip(prompts, completions, strict=True)], pad_id(task.tokenizer), left=False)
+    prompt_length = torch.tensor([len(prompt) for prompt in prompts])
+    learned = mask & (torch.arange(tokens.shape[1]) >= prompt_length.unsqueeze(1))
+    return SFTBatch(tokens, mask, learned)
+
+
+def _pad(rows: list[list[int]], fill: int, left: bool) -> tuple[Tensor, Tensor]:
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), fill)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(0, len(row))
+        tokens[i, place] = torch.tensor(row)
+        mask[i, place] = True
+    return tokens, mask
