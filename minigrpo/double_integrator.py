@@ -65,7 +65,7 @@ class DoubleIntegrator:
         return transition, torch.tensor([self.dt**2 / 2, self.dt], dtype=dtype, device=device)
 
     def start_grid(self) -> Tensor:
-        """All starts [K, 2] float64, position-major; each value is the float nearest to its text."""
+        """All starts [K, 2] float64, position-major; each the float nearest to its text."""
         scale = 10**self.start_decimals
         limit = round(self.start_bound * scale)
         # a division of integers rounds correctly; adding up steps of 0.01 would not

@@ -141,8 +141,8 @@ def parse_controls(
 
 @lru_cache
 def _patterns(codec: Codec, horizon: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """The whole answer, and one number standing alone; atomic groups keep both linear."""
-    number = rf"(?>-?(?:0|[1-9][0-9]{{0,2}})\.[0-9]{{{codec.decimals}}})"
+    """The whole answer, and one number standing alone; possessive (+), so linear in the text."""
+    number = rf"-?+(?:0|[1-9][0-9]{{0,2}}+)\.[0-9]{{{codec.decimals}}}"
     opening, closing = map(re.escape, codec.brackets)
-    answer = f"{opening}(?>(?:{number}{codec.separator}){{{horizon - 1}}}){number}{closing}"
+    answer = f"{opening}(?:{number}{codec.separator}){{{horizon - 1}}}+{number}{closing}"
     return re.compile(answer), re.compile(rf"(?<![0-9.-]){number}(?![0-9.])")
