@@ -1,0 +1,363 @@
+"""Models and training states on disk: complete or absent, never pickled, refused if foreign.
+
+A model folder is a Hugging Face folder (config.json, model.safetensors, generation_config.json,
+tokenizer) with `minigrpo.json`, the manifest: what the model was trained for and how. A checkpoint,
+checkpoints/step-000100, is a model folder plus `trainer.safetensors`: AdamW's moments by parameter
+name, and the counters in its metadata. A run publishes its best model into the run folder itself.
+
+What is written is written beside its place, synced, then renamed: the rename marks completeness.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerFast
+
+from minigrpo.config import Value
+from minigrpo.data import Task
+from minigrpo.distributed import max_over_ranks, rank
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.lqr import QuadraticCost
+from minigrpo.prompts import Codec
+from minigrpo.runs import on_rank_zero
+from minigrpo.tokenizer import encode_completion, load_tokenizer, pad_id
+from minigrpo.transformer import Transformer, load_transformer, to_hugging_face
+
+Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model was trained for and how: minigrpo.json."""
+
+    stage: Literal["sft", "grpo"]
+    preset: str
+    plant: DoubleIntegrator
+    cost: QuadraticCost
+    codec: Codec
+    config: dict[str, Value]  # resolved settings of the run
+    sources: dict[str, str]  # where each of them came from
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object, path: Path) -> Manifest:
+        """Every key is known and none is missing, or a ValueError with the path says which."""
+        found = _checked_keys(values, {item.name for item in fields(cls)}, str(path))
+        if found["stage"] not in ("sft", "grpo"):
+            raise ValueError(f"{path}: stage must be sft or grpo, got {found['stage']!r}")
+        for name, kind in (("preset", str), ("config", dict), ("sources", dict)):
+            if not isinstance(found[name], kind):
+                raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {found[name]!r}")
+        found["plant"] = _record(DoubleIntegrator, found["plant"], f"{path}: plant")
+        found["cost"] = _record(QuadraticCost, found["cost"], f"{path}: cost")
+        found["codec"] = _record(Codec, found["codec"], f"{path}: codec")
+        return cls(**found)  # type: ignore[arg-type]  # checked above
+
+
+def _checked_keys(values: object, expected: set[str], place: str) -> dict[str, object]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{place} must be an object, got {values!r}")
+    if unknown := set(values) - expected:
+        raise ValueError(f"{place} has unknown {', '.join(sorted(unknown))}")
+    if missing := expected - set(values):
+        raise ValueError(f"{place} lacks {', '.join(sorted(missing))}")
+    return dict(values)
+
+
+def _record(kind: type[Record], values: object, place: str) -> Record:
+    found = _checked_keys(values, {item.name for item in fields(kind)}, place)
+    for name, default in asdict(kind()).items():
+        value, wanted = found[name], type(default)
+        if type(value) is not wanted and (wanted is not float or type(value) is not int):
+            raise ValueError(f"{place}.{name} must be of type {wanted.__name__}, got {value!r}")
+    try:
+        return kind(**found)  # type: ignore[arg-type]  # checked by the loop above
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a model folder. ValueError: there is none, or it is not one of ours."""
+    path = folder / "minigrpo.json"
+    if not path.is_file():
+        found = "no minigrpo.json in it" if folder.is_dir() else "no such folder"
+        advice = f"python train_sft.py --save-dir {folder} makes one, train_grpo.py trains it on"
+        raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    return Manifest.from_json(values, path)
+
+
+def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
+    """The model (float32, CPU), its task, its manifest. ValueError: missing, damaged, foreign."""
+    manifest = load_manifest(folder)
+    model = load_transformer(folder)
+    tokenizer = load_tokenizer(folder)
+    size = model.config.vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"{folder}: tokens must be at most the model's {size}, got {len(tokenizer)}"
+        )
+    try:
+        return model, make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer), manifest
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def make_task(
+    plant: DoubleIntegrator, cost: QuadraticCost, codec: Codec, tokenizer: PreTrainedTokenizerFast
+) -> Task:
+    """The task with its longest completion: that of a plan of negative numbers, EOS included.
+
+    Where a number is several tokens a tenth is added, since other digits may merge differently.
+    ValueError: the tokenizer can't write the codec's numbers.
+    """
+    plan = torch.linspace(-plant.control_bound, -plant.control_bound / 3, plant.horizon)
+    longest = encode_completion(tokenizer, plan, codec)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in longest[:-1]:
+        raise ValueError(f"the tokenizer must know all numbers of {codec.decimals} decimals")
+    slack = len(longest) // 10 if codec.style == "words" else 0
+    return Task(plant, cost, codec, tokenizer, len(longest) + slack)
+
+
+def publish_model(
+    folder: Path, model: Transformer, task: Task, manifest: Manifest, step: int, score: float
+) -> None:
+    """Make this the folder's model; called on every rank. A reader gets the old one or this one.
+
+    The weights come last, by one rename, and carry the step and the score that they stand for. The
+    files beside them don't change during a run.
+    """
+    weights = _full_weights(model)
+    draft = folder / "publish.tmp"
+
+    def write() -> None:
+        with _drafted(draft):
+            metadata = {"step": str(step), "score": repr(score)}
+            _write_model(draft, weights, model, task, manifest, metadata)
+        files = [path for path in draft.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "model.safetensors"):
+            place = folder / path.relative_to(draft)
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
+        shutil.rmtree(draft)
+        _sync(folder)
+
+    on_rank_zero(write)
+
+
+def published(folder: Path) -> tuple[int, float] | None:
+    """Step and score of the folder's model, or None before the first."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return None
+    metadata = _metadata(path, "step", "score")
+    return int(metadata["step"]), float(metadata["score"])
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    model: Transformer,
+    optimizer: Optimizer,
+    task: Task,
+    manifest: Manifest,
+    counters: dict[str, float | int],
+) -> Path:
+    """Write checkpoints/step-000100, all or nothing; called on every rank.
+
+    OSError: a full disk, say; the checkpoints before are intact.
+    """
+    weights, moments = _full_weights(model), _full_moments(model, optimizer)
+    final = run_folder / "checkpoints" / f"step-{step:06d}"
+    draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
+
+    def write() -> None:
+        for stale in final.parent.glob("*.tmp"):
+            shutil.rmtree(stale)
+        with _drafted(draft):
+            _write_model(draft, weights, model, task, manifest, {"step": str(step)})
+            described = {"counters": json.dumps(counters)}
+            _save_tensors(moments, draft / "trainer.safetensors", described)
+        if final.exists():  # damaged, or saved twice
+            final.rename(replaced)
+        draft.rename(final)
+        _sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    on_rank_zero(write)
+    return final
+
+
+def prune_checkpoints(run_folder: Path, keep_last: int) -> None:
+    """Delete all but the newest; called on every rank, after the newest was saved."""
+
+    def delete() -> None:
+        for _, path in _complete(run_folder)[:-keep_last]:
+            doomed = path.with_suffix(".tmp")  # half deleted must not look complete
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    on_rank_zero(delete)
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint that can be read; damaged ones are reported. Called on every rank."""
+    step = max_over_ranks(_latest_step(run_folder) if rank() == 0 else -1)
+    return None if step < 0 else run_folder / "checkpoints" / f"step-{step:06d}"
+
+
+def _latest_step(run_folder: Path) -> int:
+    for step, path in reversed(_complete(run_folder)):
+        try:
+            load_manifest(path)
+            for name in ("model.safetensors", "trainer.safetensors"):
+                _metadata(path / name)
+        except ValueError as error:
+            print(f"{path} is damaged and not used: {error}", file=sys.stderr)
+        else:
+            return step
+    return -1
+
+
+def _complete(run_folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the complete checkpoints, oldest first; a `.tmp` is none."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted((int(path.name[5:]), path) for path in found if path.name[5:].isdecimal())
+
+
+def load_trainer(
+    folder: Path, model: Transformer, optimizer: Optimizer, manifest: Manifest
+) -> dict[str, float | int]:
+    """Put a checkpoint's weights and AdamW state in place, bit for bit, and return its counters.
+
+    ValueError, with nothing changed: it is damaged, or was made for another task or model.
+    """
+    saved = load_manifest(folder)
+    for name in ("stage", "preset", "plant", "cost", "codec"):
+        expected, got = getattr(manifest, name), getattr(saved, name)
+        if got != expected:
+            raise ValueError(f"{folder}: {name} must be {expected}, got {got}")
+    loaded = load_transformer(folder)
+    if loaded.config != model.config:
+        raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
+    path = folder / "trainer.safetensors"
+    counters: dict[str, float | int] = json.loads(_metadata(path, "counters")["counters"])
+    state = _optimizer_state(load_file(path), model, optimizer, path)
+    model.load_state_dict(loaded.state_dict())
+    optimizer.load_state_dict(state)
+    return counters
+
+
+def _optimizer_state(
+    moments: dict[str, Tensor], model: Transformer, optimizer: Optimizer, path: Path
+) -> dict[str, object]:
+    """Moments by name -> the optimizer's own format, by position; all parameters or none."""
+    groups: list[dict[str, object]] = optimizer.state_dict()["param_groups"]
+    if not moments:
+        return {"state": {}, "param_groups": groups}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    keys = [{kind: f"{kind}.{names[parameter]}" for kind in MOMENTS} for parameter in trained]
+    _checked_keys(moments, {name for key in keys for name in key.values()}, str(path))
+    for parameter, key in zip(trained, keys, strict=True):
+        for kind, shape in zip(MOMENTS, (parameter.shape, parameter.shape, ()), strict=True):
+            got = tuple(moments[key[kind]].shape)
+            if got != shape:
+                raise ValueError(f"{path}: {key[kind]} must have shape {tuple(shape)}, got {got}")
+    state = [{kind: moments[name] for kind, name in key.items()} for key in keys]
+    return {"state": dict(enumerate(state)), "param_groups": groups}
+
+
+def _full_weights(model: Transformer) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def _full_moments(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
+    """AdamW's tensors as `exp_avg.blocks.0...`; none before the first step."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{kind}.{names[parameter]}": state[kind].detach().cpu()
+        for parameter, state in optimizer.state.items()
+        for kind in MOMENTS
+    }
+
+
+def _write_model(
+    folder: Path,
+    weights: dict[str, Tensor],
+    model: Transformer,
+    task: Task,
+    manifest: Manifest,
+    metadata: dict[str, str],
+) -> None:
+    generation: dict[str, object] = {"max_new_tokens": task.max_completion_length}
+    generation["eos_token_id"] = int(task.tokenizer.eos_token_id)
+    generation["pad_token_id"] = pad_id(task.tokenizer)
+    named = {"config": model.config.to_json(), "minigrpo": manifest.to_json()}
+    for name, record in {**named, "generation_config": generation}.items():
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    task.tokenizer.save_pretrained(folder)
+    tensors = dict(to_hugging_face(weights, model.config))
+    _save_tensors(tensors, folder / "model.safetensors", {"format": "pt", **metadata})
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    save_file(tensors, path, metadata=metadata)
+    # safetensors makes files that nobody but their owner can read
+    shutil.copymode(path.with_name("config.json"), path)
+
+
+@contextmanager
+def _drafted(folder: Path) -> Iterator[None]:
+    """A new folder to write in, synced at the end; if writing fails it is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+        _sync(*folder.rglob("*"), folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        message = f"{folder} could not be written ({error}); what was saved before is intact"
+        raise OSError(message) from error
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _metadata(path: Path, *expected: str) -> dict[str, str]:
+    """What a safetensors file says of itself; opening it finds out if it is missing or cut off."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    for name in expected:
+        if name not in metadata:
+            raise ValueError(f"{path} must have {name} in its metadata, got {metadata}")
+    return metadata

@@ -1,0 +1,405 @@
+"""A run's folder: who owns it, where its numbers come from, what was measured, when it shall stop.
+
+save_dir/   LOCK  STATUS  provenance.json  metrics.jsonl  samples.jsonl  attempts/  tensorboard/
+            (checkpoint.py adds the published model and checkpoints/)
+
+Rank 0 alone writes, and what fails there fails on every rank. STATUS is running, stopped or
+finished: it tells a batch script what an exit status can't, as torchrun's is 1 for everything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Literal, TypeAlias
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from minigrpo.distributed import any_rank, rank, world_size
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+HOST = socket.gethostname()
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "einops")
+# All that a run writes at the top level of its folder; --overwrite deletes nothing else.
+RUN_FILES = frozenset(
+    "LOCK STATUS STOP provenance.json metrics.jsonl samples.jsonl minigrpo.json config.json "
+    "generation_config.json model.safetensors tokenizer.json tokenizer_config.json vocab.json "
+    "merges.txt special_tokens_map.json added_tokens.json chat_template.jinja".split()
+)
+RUN_FOLDERS = frozenset("attempts checkpoints evaluation plots tensorboard publish.tmp".split())
+CONSOLE = (  # metric, label, format; a line shows those that the step has
+    ("reward/total", "reward", "7.2f"),
+    ("rollout/frac_valid", "valid", "4.0%"),
+    ("loss/total", "loss", "7.4f"),
+    ("eval/reward", "eval_reward", "7.2f"),
+    ("eval/cost_ratio", "cost_ratio", "6.4f"),
+    ("loss/clip_fraction", "clip", "5.3f"),
+    ("loss/approx_kl", "approx_kl", "8.1e"),
+    ("update/grad_norm", "grad_norm", "6.3f"),
+    ("time/step_s", "seconds", "5.2f"),
+)
+
+
+def on_rank_zero(work: Callable[[], None]) -> None:
+    """Do file work on rank 0 while the others wait; if it fails there, every rank raises."""
+    failure: OSError | ValueError | None = None
+    if rank() == 0:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            failure = error
+    failed = any_rank(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OSError("rank 0 could not write the run folder; its own message says why")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: readers see the old text or the new one, after a power cut too."""
+    draft = path.with_name(f"{path.name}.tmp")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def to_json(value: Json) -> str:
+    """One line of JSON; NaN and infinities become null, which every reader accepts."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Json) -> Json:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value]
+
+
+def open_run(
+    save_dir: str | Path, overwrite: bool, resume: bool, tensorboard: bool = False
+) -> RunFolder:
+    """Take possession of a run folder; use it in a `with`, which gives it back.
+
+    ValueError: it holds another run and neither flag is given, files that no run wrote, or another
+    process works in it; or TensorBoard is asked for and missing.
+    """
+    if overwrite and resume:
+        raise ValueError("overwrite and resume must not both be given")
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs an extra: pip install -e .[tensorboard]")
+    folder = Path(save_dir)
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / "LOCK"
+        _take_lock(lock)
+        try:
+            _make_room(folder, overwrite, resume)
+            write_text(folder / "STATUS", "running\n")
+        except (OSError, ValueError):
+            lock.unlink()
+            raise
+
+    on_rank_zero(prepare)
+    return RunFolder(folder, tensorboard)
+
+
+def _take_lock(lock: Path) -> None:
+    """Create the lock; take it over from a dead owner and from this Slurm job before a requeue."""
+    owner = {"job": os.environ.get("SLURM_JOB_ID", ""), "pid": os.getpid(), "host": HOST}
+    try:
+        file = lock.open("x")
+    except FileExistsError:
+        other = _read_owner(lock)
+        on_this_host = other["host"] == owner["host"]
+        is_alive = on_this_host and _is_alive(int(other["pid"]))
+        same_job = bool(owner["job"]) and other["job"] == owner["job"]
+        if is_alive or not (on_this_host or same_job):
+            name = f"process {other['pid']} on {other['host']}, job {other['job'] or 'none'}"
+            raise ValueError(f"{lock.parent} is in use by {name}; delete {lock} if not") from None
+        lock.unlink()
+        file = lock.open("x")
+    with file:
+        json.dump(owner, file)
+
+
+def _read_owner(lock: Path) -> dict[str, str]:
+    try:
+        owner = json.loads(lock.read_text())
+        return {key: str(owner[key]) for key in ("job", "pid", "host")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{lock} names no owner; if no process works there, delete it") from None
+
+
+def _is_alive(pid: int) -> bool:
+    """Does another process have this id?"""
+    if pid == os.getpid():  # the owner had our id before us: a container was restarted
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
+def _make_room(folder: Path, overwrite: bool, resume: bool) -> None:
+    found = {path.name: path for path in folder.iterdir() if path.name != "LOCK"}
+    if all(name == "STATUS" or name.startswith("STOP") for name in found):
+        return
+    if "provenance.json" not in found:
+        raise ValueError(f"{folder} holds files but no run (provenance.json is missing)")
+    if overwrite:
+        strangers = sorted(name for name, path in found.items() if not _is_ours(path))
+        if strangers:
+            names = ", ".join(strangers)
+            raise ValueError(f"{folder} holds {names}, which no run wrote; nothing was deleted")
+        # What marks the folder as a run goes last: an interrupted deletion can be repeated.
+        for path in sorted(found.values(), key=lambda path: path.name == "provenance.json"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    elif not resume:
+        raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite deletes it")
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_dir():
+        return path.name in RUN_FOLDERS
+    return path.name.removesuffix(".tmp") in RUN_FILES or path.name.startswith("STOP.")
+
+
+class RunFolder:
+    """The open folder of a run; the methods are called on every rank."""
+
+    def __init__(self, folder: Path, tensorboard: bool):
+        self.folder = folder
+        self._tensorboard = tensorboard
+        self._close: list[Callable[[], None]] = []
+        self._scalar: Callable[[str, float, int], None] | None = None
+        self._bar: tqdm[None] | None = None
+        self._first = self._step = self._num_steps = 0
+
+    def record_attempt(self, config: Mapping[str, Json], device: torch.device) -> None:
+        """Write what this process shall do, and with what: attempts/, at first provenance.json."""
+
+        def write() -> None:
+            record = {"config": config, **_provenance(device)}
+            job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
+            name = f"{job}.{restart or 0}" if job else time.strftime("%Y%m%d-%H%M%S")
+            while (self.folder / "attempts" / name).exists():  # twice within one job or second
+                name += "+"
+            (self.folder / "attempts" / name).mkdir(parents=True)
+            attempt = {**record, "environment": _cluster_variables()}
+            _write_record(self.folder / "attempts" / name / "attempt.json", attempt)
+            if not (self.folder / "provenance.json").exists():
+                _write_record(self.folder / "provenance.json", record)
+
+        on_rank_zero(write)
+
+    def start(self, step: int, num_steps: int) -> None:
+        """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar."""
+        self._first = self._step = step
+        self._num_steps = num_steps
+
+        def cut() -> None:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                path = self.folder / name
+                if path.exists():
+                    write_text(path, "".join(_lines_until(path, step)))
+
+        on_rank_zero(cut)
+        if rank() == 0:
+            self._bar = tqdm(total=num_steps, initial=max(step, 0), unit="step", disable=None)
+            self._close.append(self._bar.close)
+            if self._tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # the extra is optional
+
+                writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+                self._scalar, close = writer.add_scalar, writer.close
+                self._close.append(close)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and one of the console for a step."""
+        self._step = step
+        if rank() != 0:
+            return
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        for name, value in metrics.items():
+            if self._scalar is not None:
+                self._scalar(name, value, step)
+        if self._bar is not None:
+            self._bar.update(max(step, 0) - self._bar.n)
+        tqdm.write(console_line(step, self._num_steps, metrics))
+
+    def log_sample(self, step: int, record: Mapping[str, Json]) -> None:
+        """One line of samples.jsonl."""
+        if rank() == 0:
+            self._append("samples.jsonl", {"step": step, **record})
+
+    def _append(self, name: str, record: Mapping[str, Json]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(to_json(record) + "\n")
+
+    def finish(self, status: Literal["stopped", "finished"]) -> None:
+        """Write STATUS, after the last checkpoint.
+
+        ValueError: stopped without one finished step; a batch script would requeue that for ever.
+        """
+        if status == "stopped" and self._step <= self._first:
+            raise ValueError("stopped before a step was finished: allow more than the start-up")
+        on_rank_zero(lambda: write_text(self.folder / "STATUS", f"{status}\n"))
+
+    def close(self) -> None:
+        """Close what is open and give the lock back."""
+        while self._close:
+            self._close.pop()()
+        if rank() == 0:
+            (self.folder / "LOCK").unlink(missing_ok=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of finished steps; a last line without an end was cut off by a kill."""
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} must be an object with a step") from error
+    return kept
+
+
+def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+    """The step's headline; all metrics are in metrics.jsonl."""
+    shown = [f"{label} {metrics[name]:{form}}" for name, label, form in CONSOLE if name in metrics]
+    return "  ".join([f"step {step:{len(str(num_steps))}d}/{num_steps}", *shown])
+
+
+def _provenance(device: torch.device) -> dict[str, Json]:
+    changes = _git("status", "--porcelain")
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "argv": sys.argv,
+        "world_size": world_size(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "host": HOST,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the checkout; None without git or outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cluster_variables() -> dict[str, str]:
+    """SLURM_* and NCCL_*, never the whole environment: it holds tokens. SLURM_JWT is one."""
+    names = [name for name in sorted(os.environ) if name.startswith(("SLURM_", "NCCL_"))]
+    return {name: os.environ[name] for name in names if name != "SLURM_JWT"}
+
+
+def _write_record(path: Path, record: Mapping[str, Json]) -> None:
+    write_text(path, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+
+
+class StopSignal:
+    """Asks a run to save and stop: SIGTERM, SIGUSR1, Ctrl-C, a stop file, or its own deadline.
+
+    A handler only sets a flag; the trainer asks `any_rank(stop.requested())` between steps, and all
+    ranks act on the answer. A second Ctrl-C aborts. The stop file is $STOP_FILE (a batch script's,
+    one for each attempt) or save_dir/STOP, which is removed at start: it has done its work.
+    """
+
+    def __init__(self, folder: Path, minutes: float):
+        named = os.environ.get("STOP_FILE")
+        self._file = Path(named) if named else folder / "STOP"
+        self._deadline = time.monotonic() + 60 * minutes if minutes > 0 else math.inf
+        self._signal: signal.Signals | None = None
+        self._restore: list[Callable[[], object]] = []
+        if rank() == 0 and not named:
+            self._file.unlink(missing_ok=True)
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            previous = signal.signal(number, self._on_signal)
+            self._restore.append(partial(signal.signal, number, previous))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nsaving after this step, Ctrl-C again aborts\n")
+
+    def requested(self) -> bool:
+        """This rank's view; combine it with `any_rank`."""
+        return bool(self.reason())
+
+    def reason(self) -> str:
+        """Why this rank wants to stop, empty if it does not."""
+        if self._signal is not None:
+            return self._signal.name
+        if rank() == 0 and self._file.exists():
+            return f"stop file {self._file}"
+        return "deadline" if time.monotonic() >= self._deadline else ""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
+
+    `python -X dev` shows the traceback of a mistake too.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        place = os.environ.get("RANK", "0")
+        message = " ".join(str(error).split())
+        start = "error" if place == "0" else f"error on rank {place}"
+        print(f"{start}: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
