@@ -1,0 +1,51 @@
+"""check_shapes: bindings by hand, and messages with expectation and got."""
+
+import pytest
+import torch
+
+from minigrpo.shapes import check_shapes
+
+
+def test_letters_bind_to_sizes_across_tensors():
+    sizes = check_shapes(
+        states=(torch.zeros(3, 8, 2), "N T+1 2"),
+        controls=(torch.zeros(3, 7), "N T"),
+        scalar=(torch.zeros(()), ""),
+        empty=(torch.zeros(0, 3), "M N"),
+    )
+    assert sizes == {"N": 3, "T": 7, "M": 0}
+
+
+def test_a_sum_may_come_after_or_before_its_letter():
+    check_shapes(controls=(torch.zeros(7), "T"), states=(torch.zeros(8), "T+1"))
+    with pytest.raises(ValueError, match=r"^states must have shape \[T\+1\] with T=7, got \(7,\)$"):
+        check_shapes(controls=(torch.zeros(7), "T"), states=(torch.zeros(7), "T+1"))
+    with pytest.raises(ValueError, match=r"^controls must have shape \[T\] with T=7, got \(8,\)$"):
+        check_shapes(states=(torch.zeros(8), "T+1"), controls=(torch.zeros(8), "T"))
+
+
+def test_the_message_says_what_was_expected_and_what_came():
+    message = r"^advantages must have shape \[N\] with N=8, got \(4,\)$"
+    with pytest.raises(ValueError, match=message):
+        check_shapes(mask=(torch.zeros(8, 5), "N C"), advantages=(torch.zeros(4), "N"))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((3,), "N 2"),  # a dimension too few
+        ((3, 2, 1), "N 2"),  # and too many
+        ((3, 3), "N 2"),  # a fixed size
+        ((3, 5), "N N"),  # one letter, two sizes
+        ((0,), "T+1"),  # no size of T fits
+        ((1,), ""),
+    ],
+)
+def test_a_misfit_in_a_single_tensor_raises(size, shape):
+    with pytest.raises(ValueError, match=r"^x must have shape "):
+        check_shapes(x=(torch.zeros(size), shape))
+
+
+def test_bindings_of_one_call_do_not_reach_the_next():
+    assert check_shapes(x=(torch.zeros(3), "N")) == {"N": 3}
+    assert check_shapes(x=(torch.zeros(5), "N")) == {"N": 5}
