@@ -149,7 +149,7 @@ def grpo_loss(
 
     loss = sum_it w_it (l_it + kl_beta kl_it) / denominator
     logprobs, old_logprobs, ref_logprobs [M, C] nats; mask [M, C] bool; advantages [M], or [M, C]
-    for per-token credit; denominator from `loss_denominator`, of the whole step.
+    for per-token credit; denominator from `loss_denominator`, of the whole step. M may be 0.
     `old_logprobs` None: the rollout feeds exactly one optimizer step, old is `logprobs.detach()`.
     `ref_logprobs` None: no KL term. What lies outside the mask, NaN included, is never seen.
     """
@@ -192,8 +192,8 @@ def grpo_loss(
             ref_kl=kl.sum(dtype=torch.float64),
             approx_kl=k3_divergence(old, logprobs).sum(dtype=torch.float64),
             ratio_sum=torch.where(mask, ratio, 0.0).sum(dtype=torch.float64),
-            ratio_min=torch.where(mask, ratio, torch.inf).amin().double(),
-            ratio_max=torch.where(mask, ratio, -torch.inf).amax().double(),
+            ratio_min=_lowest(torch.where(mask, ratio, torch.inf)),
+            ratio_max=-_lowest(torch.where(mask, -ratio, torch.inf)),
         )
     return loss, metrics
 
@@ -203,6 +203,11 @@ def _require_shape(name: str, tensor: Tensor, **sizes: int) -> None:
         expected = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
         got = tuple(tensor.shape)
         raise ValueError(f"{name} must have shape [{', '.join(sizes)}] with {expected}, got {got}")
+
+
+def _lowest(values: Tensor) -> Tensor:
+    """The minimum, inf of nothing: a rank may have no rows, where `amin` alone would raise."""
+    return torch.cat([values.flatten(), values.new_tensor([torch.inf])]).amin().double()
 
 
 def policy_loss(
