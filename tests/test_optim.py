@@ -1,0 +1,122 @@
+"""Parameter groups, decay and schedule against the update rule of AdamW and values by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minigrpo.optim import adamw, cosine_learning_rate
+
+
+class Model(nn.Module):
+    """A tied head, a norm, biases and something frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.norm = nn.LayerNorm(5)
+        self.middle = nn.Linear(5, 5)
+        self.frozen = nn.Linear(5, 3).requires_grad_(False)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def set_gradients(model: nn.Module, value: float) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, value)
+
+
+def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    model = Model()
+    groups = adamw(model, 1e-3, (0.9, 0.99), 0.1).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {g["weight_decay"]: [names[id(p)] for p in g["params"]] for g in groups}
+    assert len(groups) == 2
+    assert sorted(found[0.1]) == ["embedding.weight", "middle.weight"]
+    assert sorted(found[0.0]) == ["middle.bias", "norm.bias", "norm.weight"]
+    assert all(g["betas"] == (0.9, 0.99) and g["lr"] == 1e-3 for g in groups)
+
+
+def test_without_gradient_only_decay_moves_and_only_matrices() -> None:
+    model = Model()
+    before = parameters(model)
+    optimizer = adamw(model, 0.5, (0.9, 0.99), 0.1)
+    set_gradients(model, 0.0)
+    optimizer.step()
+    for name, value in parameters(model).items():
+        decays = name in ("embedding.weight", "middle.weight")
+        expected = before[name] * (1 - 0.5 * 0.1 if decays else 1.0)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)  # one float32 product
+
+
+def test_with_gradient_moments_and_decay_0_nothing_moves() -> None:
+    model = Model()
+    before = parameters(model)
+    optimizer = adamw(model, 1.0, (0.9, 0.95), 0.0)
+    for _ in range(3):
+        set_gradients(model, 0.0)
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in parameters(model).items())
+
+
+def test_two_steps_follow_the_update_rule() -> None:
+    """Loshchilov & Hutter, 1711.05101, algorithm 2, with torch's epsilon of 1e-8."""
+    rate, beta1, beta2, decay = 0.01, 0.8, 0.95, 0.3
+    model = Model().double()
+    expected = {name: value.clone() for name, value in parameters(model).items()}
+    optimizer = adamw(model, rate, (beta1, beta2), decay)
+    first = second = 0.0
+    for step, gradient in enumerate([0.5, -2.0], start=1):
+        set_gradients(model, gradient)
+        optimizer.step()
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        moved = first / (1 - beta1**step) / (math.sqrt(second / (1 - beta2**step)) + 1e-8)
+        for name, value in expected.items():
+            if not name.startswith("frozen"):
+                shrink = decay if value.ndim == 2 else 0.0
+                expected[name] = value - rate * shrink * value - rate * moved
+    for name, value in parameters(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_learning_rate_of_one_millionth_moves_float32_weights_in_one_step() -> None:
+    model = Model()
+    before = parameters(model)
+    optimizer = adamw(model, 1e-6, (0.9, 0.99), 0.0)
+    set_gradients(model, 0.3)
+    optimizer.step()
+    moved = parameters(model)["middle.weight"] != before["middle.weight"]
+    assert moved.all()
+
+
+def test_schedule_values_by_hand() -> None:
+    warmup = [cosine_learning_rate(step, 14, 8.0, 4) for step in range(4)]
+    assert warmup == [2.0, 4.0, 6.0, 8.0]
+    # Ten steps of half a cosine after the warm-up: 0, 5 and 10 tenths of the way.
+    for step, expected in (4, 8.0), (9, 4.0), (14, 0.0), (99, 0.0):
+        assert cosine_learning_rate(step, 14, 8.0, 4) == pytest.approx(expected, abs=1e-12)
+    third = 8.0 * (1 + math.sqrt(3) / 2) / 2  # cos 30 degrees at a sixth of the way
+    assert cosine_learning_rate(2, 12, 8.0, 0) == pytest.approx(third, abs=1e-12)
+
+
+def test_schedule_ends_at_its_final_fraction_and_never_updates_at_0_before() -> None:
+    rates = [cosine_learning_rate(step, 13, 3.0, 2, 0.1) for step in range(14)]
+    assert rates[13] == pytest.approx(0.3, abs=1e-12)
+    assert cosine_learning_rate(500, 13, 3.0, 2, 0.1) == rates[13]
+    assert rates[7] > rates[8] and min(rates[2:]) == rates[13]
+    assert all(cosine_learning_rate(step, 13, 3.0, 0) > 0 for step in range(13))
+    assert cosine_learning_rate(6, 12, 3.0, 0, 0.5) == pytest.approx(2.25, abs=1e-12)
+
+
+def test_schedule_without_steps_after_the_warm_up_is_defined() -> None:
+    assert [cosine_learning_rate(step, 2, 1.0, 2) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert cosine_learning_rate(0, 1, 1.0, 0) == 1.0
