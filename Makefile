@@ -1,0 +1,68 @@
+# make test     lint, types, fast tests             make demo   SFT, GRPO, evaluation with the defaults
+# make smoke    the pipeline end to end, < 2 min    make bench study test-slow test-slurm loc clean
+
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+DEMO = runs/demo
+TORCH = torch==2.13.0
+FAST = not slow and not slurm and not smollm
+
+.PHONY: venv lint test smoke demo test-slow test-slurm bench study loc clean
+
+# The CPU build is a tenth of the size of the CUDA one, which only a machine with a GPU gets. It is
+# taken from PyTorch's own index, or from wherever pip is set up to look; pip prefers 2.13.0+cpu.
+CPU_BUILD = --no-deps --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	if nvidia-smi -L >/dev/null 2>&1; then $(PY) -m pip install $(TORCH); \
+		else $(PY) -m pip install $(CPU_BUILD) $(TORCH); fi
+	$(PY) -m pip install -c constraints.txt -e '.[plots,tensorboard,test]'
+	touch $@
+
+venv: $(VENV)/.installed
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest -q -m "$(FAST)"
+
+test-slow: venv
+	$(PY) -m pytest -m "slow or smollm"
+
+test-slurm: venv
+	$(PY) -m pytest -m slurm
+
+# Small enough for two minutes on two cores, and too small to learn anything.
+smoke: venv
+	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	$(PY) train_sft.py --save-dir $$dir/sft --horizon 10 --steps 40 --num-demonstrations 64 \
+		--batch-size 16 --micro-batch-size 8 --eval-every 20 --eval-cases 16; \
+	$(PY) train_grpo.py --init $$dir/sft --save-dir $$dir/grpo --steps 3 --prompts-per-step 4 \
+		--group-size 4 --micro-batch-size 8 --eval-every 2 --eval-cases 16 --save-every 2; \
+	$(PY) train_grpo.py --save-dir $$dir/grpo --resume --steps 4; \
+	$(PY) evaluate.py --model-path $$dir/grpo --baseline $$dir/sft --num-cases 16 --mpc-cases 2; \
+	test -s $$dir/grpo/evaluation/evaluation.json; echo "smoke: SFT, GRPO, resume, evaluation: ok"
+
+demo: venv
+	$(PY) train_sft.py --save-dir $(DEMO)/sft --overwrite
+	$(PY) train_grpo.py --init $(DEMO)/sft --save-dir $(DEMO)/grpo --overwrite
+	$(PY) evaluate.py --model-path $(DEMO)/grpo --baseline $(DEMO)/sft \
+		--save-dir $(DEMO)/evaluation --overwrite
+
+bench: venv
+	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script; done
+
+study: venv
+	$(PY) benchmarks/study.py
+
+loc:
+	@$(PYTHON) .ci/loc.py train_sft.py train_grpo.py evaluate.py
+	@$(PYTHON) .ci/loc.py minigrpo/*.py
+
+clean:
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
