@@ -29,10 +29,11 @@ from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import Value
 from minigrpo.data import Task
-from minigrpo.distributed import max_over_ranks, rank
+from minigrpo.distributed import any_rank, max_over_ranks, rank
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec
+from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
 from minigrpo.tokenizer import encode_completion, load_tokenizer, pad_id
 from minigrpo.transformer import Transformer, load_transformer, to_hugging_face
@@ -107,6 +108,13 @@ def load_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(values, path)
 
 
+def saved_config(folder: Path) -> dict[str, Value] | None:
+    """The settings of the run in this folder at its newest save; None where nothing was saved."""
+    step = _latest_step(folder)
+    newest = folder if step < 0 else folder / "checkpoints" / f"step-{step:06d}"
+    return load_manifest(newest).config if (newest / "minigrpo.json").is_file() else None
+
+
 def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
     """The model (float32, CPU), its task, its manifest. ValueError: missing, damaged, foreign."""
     manifest = load_manifest(folder)
@@ -172,6 +180,16 @@ def published(folder: Path) -> tuple[int, float] | None:
         return None
     metadata = _metadata(path, "step", "score")
     return int(metadata["step"]), float(metadata["score"])
+
+
+def is_best(folder: Path, score: float) -> bool:
+    """Does the score beat the published model's? Rank 0 looks, so that all ranks agree on it."""
+
+    def beats() -> bool:
+        best = published(folder)
+        return best is None or score > best[1]
+
+    return any_rank(rank() == 0 and beats())
 
 
 def save_checkpoint(
@@ -286,6 +304,18 @@ def _optimizer_state(
                 raise ValueError(f"{path}: {key[kind]} must have shape {tuple(shape)}, got {got}")
     state = [{kind: moments[name] for kind, name in key.items()} for key in keys]
     return {"state": dict(enumerate(state)), "param_groups": groups}
+
+
+def save_batch(run_folder: Path, step: int, rollout: Rollout) -> None:
+    """Keep a rollout whose gradient was not finite, each rank its rows, to look into it."""
+    folder = run_folder / "skipped"
+    folder.mkdir(exist_ok=True)
+    tensors = {
+        name: value.cpu().contiguous()
+        for name, value in vars(rollout).items()
+        if isinstance(value, Tensor)
+    }
+    save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
 
 
 def _full_weights(model: Transformer) -> dict[str, Tensor]:

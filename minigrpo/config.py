@@ -1,7 +1,8 @@
-"""Settings: one frozen dataclass a command, each field with its help and its range; flags, presets and where a value came from.
+"""Settings: one frozen dataclass a command, each field with its help and its range.
 
-Precedence: explicit flag, then (with --resume) the saved config, then the preset, then the field's default. A value out of range is a
-ValueError before anything loads. `--help` is the reference; nothing else describes a field.
+Precedence: explicit flag, then (with --resume) the saved config, then the preset, then the field's
+default. A value out of range is a ValueError before anything loads. `--help` is the reference;
+nothing else describes a field.
 """
 
 from __future__ import annotations
@@ -14,23 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, get_type_hints
 
-from transformers import HfArgumentParser
-
 Value = bool | int | float | str
+V = TypeVar("V", bool, int, float, str)
 
 
 def flag(
-    default: Value,
+    default: V,
     help_text: str,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
-) -> Value:
+) -> V:
     """A dataclass field that carries its help and its range."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
-    metadata: dict[str, object] = {"help": help_text.replace("%", "%%"), "limits": limits}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help_text.replace("%", "%%"), "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check_range(item.name, getattr(self, item.name), item.metadata.get("limits", {}))
+            _check_range(item.name, getattr(self, item.name), item.metadata["limits"])
 
 
-def _check_range(name: str, value: Value, limits: dict[str, float | tuple[str, ...] | None]) -> None:
-    choices, at_least, above, at_most = (limits.get(key) for key in ("choices", "at_least", "above", "at_most"))
+def _check_range(
+    name: str, value: Value, limits: dict[str, float | tuple[str, ...] | None]
+) -> None:
+    names = ("choices", "at_least", "above", "at_most")
+    choices, at_least, above, at_most = (limits[key] for key in names)
     if isinstance(choices, tuple) and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")
     if isinstance(value, str):
@@ -63,24 +65,37 @@ class RunSettings(Settings):
     """What both trainers share."""
 
     seed: int = flag(0, "seed of initial weights, data order and sampled tokens", at_least=0)
-    device: str = flag("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = flag(
+        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
+    )
     precision: str = flag(
-        "float32", "autocast of the forward passes; weights and AdamW stay float32", choices=("float32", "bfloat16")
+        "float32",
+        "autocast of the forward passes; weights and AdamW stay float32",
+        choices=("float32", "bfloat16"),
     )
     matmul_precision: str = flag(
         "medium", "torch.set_float32_matmul_precision: medium is twice as fast on many CPUs",
         choices=("highest", "high", "medium"),
     )  # fmt: skip
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
-    resume: bool = flag(False, "go on from the newest complete checkpoint in save_dir, or start there if it is empty")
-    eval_every: int = flag(20, "steps between evaluations on validation starts; the best one is published", at_least=1)
+    resume: bool = flag(
+        False,
+        "go on from the newest complete checkpoint in save_dir, or start there if it is empty",
+    )
+    eval_every: int = flag(
+        20, "steps between evaluations on validation starts; the best one is published", at_least=1
+    )
     eval_cases: int = flag(256, "validation starts of each evaluation", at_least=8, at_most=2048)
     save_every: int = flag(50, "steps between checkpoints", at_least=1)
     keep_last: int = flag(2, "checkpoints kept, the newest ones", at_least=2)
     tensorboard: bool = flag(False, "also write TensorBoard events (extra: tensorboard)")
-    stop_after_minutes: float = flag(0.0, "save and stop cleanly after that time; 0 is never", at_least=0)
+    stop_after_minutes: float = flag(
+        0.0, "save and stop cleanly after that time; 0 is never", at_least=0
+    )
     parallel: str = flag(
-        "ddp", "with torchrun: ddp keeps the whole model on each rank, fsdp shards it", choices=("ddp", "fsdp")
+        "ddp",
+        "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
+        choices=("ddp", "fsdp"),
     )
 
 
@@ -89,21 +104,32 @@ class SFTConfig(RunSettings):
     """Supervised fine-tuning on LQR demonstrations."""
 
     preset: str = flag(
-        "tiny", "tiny: a small model from scratch with a number tokenizer; pretrained: a language model from --model",
+        "tiny",
+        "tiny: a small model from scratch with a number tokenizer; pretrained: --model",
         choices=("tiny", "pretrained"),
-    )  # fmt: skip
-    model: str = flag("", "folder or hub name of a pretrained model (Llama, Qwen2, Qwen3, SmolLM2 families)")
+    )
+    model: str = flag(
+        "", "folder or hub name of a pretrained model (Llama, Qwen2, Qwen3, SmolLM2 families)"
+    )
     save_dir: str = flag("ckpt/sft", "run folder; the best model lies at its top level")
-    num_demonstrations: int = flag(1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000)
+    num_demonstrations: int = flag(
+        1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
+    )
     steps: int = flag(1200, "optimizer steps", at_least=1)
     batch_size: int = flag(128, "demonstrations per optimizer step", at_least=1)
-    micro_batch_size: int = flag(128, "rows per forward pass; cannot change the gradient", at_least=1)
+    micro_batch_size: int = flag(
+        128, "rows per forward pass; cannot change the gradient", at_least=1
+    )
     learning_rate: float = flag(2e-3, "peak of the cosine schedule", above=0)
     warmup_steps: int = flag(20, "steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.1, "AdamW decay of the matrices", at_least=0)
     adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
-    max_grad_norm: float = flag(1.0, "gradient norm above which the gradient is scaled down", above=0)
-    smoothing_width: float = flag(0.02, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0)
+    max_grad_norm: float = flag(
+        1.0, "gradient norm above which the gradient is scaled down", above=0
+    )
+    smoothing_width: float = flag(
+        0.02, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
+    )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
     width: int = flag(64, "tiny model: residual width", at_least=8)
@@ -118,31 +144,51 @@ class SFTConfig(RunSettings):
 class GRPOConfig(RunSettings):
     """Group relative policy optimization from an SFT checkpoint."""
 
-    init: str = flag("ckpt/sft", "folder of the SFT model to start from, also the reference of the KL term")
+    init: str = flag(
+        "ckpt/sft", "folder of the SFT model to start from, also the reference of the KL term"
+    )
     save_dir: str = flag("ckpt/grpo", "run folder; the best model lies at its top level")
     steps: int = flag(200, "rollouts", at_least=1)
     prompts_per_step: int = flag(32, "prompts of one rollout, over all ranks", at_least=1)
     group_size: int = flag(16, "completions per prompt", at_least=2)
     num_epochs: int = flag(1, "passes over a rollout", at_least=1)
     num_minibatches: int = flag(1, "optimizer steps per pass, each on whole groups", at_least=1)
-    micro_batch_size: int = flag(64, "rows per forward pass; cannot change the gradient", at_least=1)
+    micro_batch_size: int = flag(
+        64, "rows per forward pass; cannot change the gradient", at_least=1
+    )
     rows_per_batch: int = flag(512, "rows decoded together; cannot change a token", at_least=1)
-    temperature: float = flag(1.5, "of the acting policy, in sampling and in every log-prob", above=0)
-    top_p: float = flag(0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1)
+    temperature: float = flag(
+        1.5, "of the acting policy, in sampling and in every log-prob", above=0
+    )
+    top_p: float = flag(
+        0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1
+    )
     support_size: int = flag(128, "most tokens a nucleus may hold", at_least=1)
     learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
     adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
-    max_grad_norm: float = flag(1.0, "gradient norm above which the gradient is scaled down", above=0)
-    kl_beta: float = flag(0.01, "weight of KL(current, reference); 0 loads no reference", at_least=0)
+    max_grad_norm: float = flag(
+        1.0, "gradient norm above which the gradient is scaled down", above=0
+    )
+    kl_beta: float = flag(
+        0.01, "weight of KL(current, reference); 0 loads no reference", at_least=0
+    )
     clip_eps_low: float = flag(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
     clip_eps_high: float = flag(0.2, "the ratio is clipped above 1 + this", above=0)
-    aggregation: str = flag("dapo", "token weights of the loss", choices=("grpo", "dapo", "dr_grpo"))
-    advantage_std: str = flag("group", "what advantages are divided by", choices=("group", "batch", "none"))
-    reward: str = flag("progress", "punishment is kept for comparison", choices=("progress", "punishment"))
+    aggregation: str = flag(
+        "dapo", "token weights of the loss", choices=("grpo", "dapo", "dr_grpo")
+    )
+    advantage_std: str = flag(
+        "group", "what advantages are divided by", choices=("group", "batch", "none")
+    )
+    reward: str = flag(
+        "progress", "punishment is kept for comparison", choices=("progress", "punishment")
+    )
     reward_baseline: float = flag(50.0, "constant for valid text; cancels among valid completions")
-    reward_progress: float = flag(30.0, "weight of the share of the initial distance covered", at_least=0)
+    reward_progress: float = flag(
+        30.0, "weight of the share of the initial distance covered", at_least=0
+    )
     reward_proximity: float = flag(15.0, "weight of exp(-2 mean distance)", at_least=0)
     reward_terminal: float = flag(25.0, "weight of exp(-10 final error)", at_least=0)
     reward_efficiency: float = flag(10.0, "weight of exp(-mean |u|)", at_least=0)
@@ -158,17 +204,27 @@ class EvalConfig(Settings):
     """A model against LQR and, optionally, a baseline model on held-out starts."""
 
     model_path: str = flag("ckpt/grpo", "folder of the model to evaluate")
-    baseline: str = flag("", "folder of a second model for the paired comparison, usually the SFT one")
+    baseline: str = flag(
+        "", "folder of a second model for the paired comparison, usually the SFT one"
+    )
     num_cases: int = flag(512, "held-out starts", at_least=2, at_most=2048)
     save_dir: str = flag("", "where evaluation.json and plots go; empty: model_path/evaluation")
     seed: int = flag(0, "seed of sampled tokens and of the bootstrap", at_least=0)
-    initial_states: str = flag("", "JSON file, a list of [position, velocity]; replaces the held-out starts")
+    initial_states: str = flag(
+        "", "JSON file, a list of [position, velocity]; replaces the held-out starts"
+    )
     skip_mpc: bool = flag(False, "leave out receding-horizon control (alias --skip-mcp)")
-    mpc_cases: int = flag(64, "starts of the receding-horizon run, the first of the held-out ones", at_least=2)
+    mpc_cases: int = flag(
+        64, "starts of the receding-horizon run, the first of the held-out ones", at_least=2
+    )
     temperature: float = flag(1.0, "of the sampled rows", above=0)
     top_p: float = flag(1.0, "nucleus mass of the sampled rows", above=0, at_most=1)
-    device: str = flag("auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("float32", "autocast of the forward passes", choices=("float32", "bfloat16"))
+    device: str = flag(
+        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
+    )
+    precision: str = flag(
+        "float32", "autocast of the forward passes", choices=("float32", "bfloat16")
+    )
     overwrite: bool = flag(False, "replace an evaluation.json that is already there")
 
 
@@ -177,11 +233,18 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {},
     ("tiny", GRPOConfig): {},
     ("pretrained", SFTConfig): {
-        "learning_rate": 2e-5, "steps": 300, "batch_size": 16, "micro_batch_size": 4, "smoothing_width": 0.0,
+        "learning_rate": 2e-5,
+        "steps": 300,
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "smoothing_width": 0.0,
         "weight_decay": 0.0,
     },
     ("pretrained", GRPOConfig): {"micro_batch_size": 8},
-}  # fmt: skip
+}
+
+# What belongs to a process rather than to the run: --resume doesn't take it from the saved config.
+OF_ONE_PROCESS = ("overwrite", "resume", "save_dir", "stop_after_minutes")
 
 S = TypeVar("S", bound=Settings)
 
@@ -194,38 +257,62 @@ class Resolved(Generic[S]):
     sources: dict[str, str]
 
     def table(self) -> str:
-        """The lines printed at start, explicit choices first to catch the eye."""
-        rows = [(f.name, getattr(self.config, f.name), self.sources[f.name]) for f in dataclasses.fields(self.config)]
-        return "\n".join(f"  {name:24s} {value!s:22s} {source}" for name, value, source in rows)
+        """What is printed at start, a line for each value."""
+        names = [item.name for item in dataclasses.fields(self.config)]
+        rows = [(name, str(getattr(self.config, name)), self.sources[name]) for name in names]
+        return "\n".join(f"  {name:24s} {value:22s} {source}" for name, value, source in rows)
 
 
 def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[str, Value]:
-    """The flags that were given, nothing else; an unknown or abbreviated one ends the program with status 2."""
-    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)
+    """The flags that were given, nothing else; an unknown or abbreviated one ends with status 2.
+
+    Plain argparse: HfArgumentParser takes a field's metadata for keywords, and ours has ranges.
+    RUN_DIR stands for --save-dir in the batch scripts, where a requeued job must find its folder.
+    """
+    parser = argparse.ArgumentParser(
+        description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for item in dataclasses.fields(kind):
+        shown = f"{item.metadata['help']} (default: {item.default})"
+        names = sorted({f"--{item.name.replace('_', '-')}", f"--{item.name}"})
+        if isinstance(item.default, bool):
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            choices = item.metadata["limits"]["choices"]
+            parser.add_argument(*names, type=type(item.default), choices=choices, help=shown)
     if kind is EvalConfig:
-        parser.add_argument("--skip-mcp", dest="skip_mpc", action="store_true", help=argparse.SUPPRESS)
-    for action in parser._actions:
-        if action.dest != "help":
-            shown = action.default
-            action.help = f"{action.help} (default: {shown})" if action.help != argparse.SUPPRESS else action.help
-            action.default = argparse.SUPPRESS
+        hidden = argparse.SUPPRESS  # a usual misspelling
+        parser.add_argument("--skip-mcp", dest="skip_mpc", action="store_true", help=hidden)
+    if issubclass(kind, RunSettings) and "RUN_DIR" in os.environ:
+        parser.set_defaults(save_dir=os.environ["RUN_DIR"])
     return vars(parser.parse_args(arguments))
 
 
-def resolve(kind: type[S], given: dict[str, Value], preset: str, saved: dict[str, Value] | None = None) -> Resolved[S]:
-    """Apply the precedence of the module's docstring. ValueError: unknown name, wrong type, value out of range."""
-    defaults = PRESETS.get((preset, kind), {})
-    names = {item.name: item.default for item in dataclasses.fields(kind)}
+def resolve(
+    kind: type[S], given: dict[str, Value], preset: str, saved: dict[str, Value] | None = None
+) -> Resolved[S]:
+    """Apply the precedence of the module's docstring.
+
+    ValueError: unknown name, wrong type, value out of range.
+    """
+    resumed = {name: value for name, value in (saved or {}).items() if name not in OF_ONE_PROCESS}
+    defaults: dict[str, Value] = {
+        item.name: getattr(kind, item.name) for item in dataclasses.fields(kind)
+    }
+    layers = (
+        ("default", defaults),
+        (f"preset {preset}", PRESETS.get((preset, kind), {})),
+        ("resume", resumed),
+        ("flag", given),
+    )
     values: dict[str, Value] = {}
     sources: dict[str, str] = {}
-    layers = (("flag", given), ("resume", saved or {}), (f"preset {preset}", defaults))
-    for source, layer in layers:
-        unknown = set(layer) - set(names)
+    for source, layer in layers:  # a later one has the last word
+        unknown = set(layer) - set(defaults)
         if unknown:
             raise ValueError(f"unknown setting {', '.join(sorted(unknown))} from {source}")
-    for name, default in names.items():
-        source, values[name] = next(((s, layer[name]) for s, layer in layers if name in layer), ("default", default))
-        sources[name] = source
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
     _check_types(kind, values)
     return Resolved(kind(**values), sources)
 
@@ -237,8 +324,3 @@ def _check_types(kind: type[Settings], values: dict[str, Value]) -> None:
             values[name] = float(got)
         elif type(got) is not wanted:
             raise ValueError(f"{name} must be of type {wanted.__name__}, got {got!r}")
-
-
-def run_directory(default: str) -> str:
-    """The batch scripts fix the run folder at submission and pass it as RUN_DIR, so that a requeued job finds it."""
-    return os.environ.get("RUN_DIR", default)

@@ -40,12 +40,15 @@ RUN_FILES = frozenset(
     "generation_config.json model.safetensors tokenizer.json tokenizer_config.json vocab.json "
     "merges.txt special_tokens_map.json added_tokens.json chat_template.jinja".split()
 )
-RUN_FOLDERS = frozenset("attempts checkpoints evaluation plots tensorboard publish.tmp".split())
+RUN_FOLDERS = frozenset(
+    "attempts checkpoints evaluation plots skipped tensorboard publish.tmp".split()
+)
 CONSOLE = (  # metric, label, format; a line shows those that the step has
     ("reward/total", "reward", "7.2f"),
     ("rollout/frac_valid", "valid", "4.0%"),
     ("loss/total", "loss", "7.4f"),
-    ("eval/reward", "eval_reward", "7.2f"),
+    ("eval/greedy_reward", "greedy", "7.2f"),
+    ("eval/sampled_reward", "sampled", "7.2f"),
     ("eval/cost_ratio", "cost_ratio", "6.4f"),
     ("loss/clip_fraction", "clip", "5.3f"),
     ("loss/approx_kl", "approx_kl", "8.1e"),
@@ -199,7 +202,7 @@ class RunFolder:
         self._close: list[Callable[[], None]] = []
         self._scalar: Callable[[str, float, int], None] | None = None
         self._bar: tqdm[None] | None = None
-        self._first = self._step = self._num_steps = 0
+        self._num_steps = 0
 
     def record_attempt(self, config: Mapping[str, Json], device: torch.device) -> None:
         """Write what this process shall do, and with what: attempts/, at first provenance.json."""
@@ -220,7 +223,6 @@ class RunFolder:
 
     def start(self, step: int, num_steps: int) -> None:
         """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar."""
-        self._first = self._step = step
         self._num_steps = num_steps
 
         def cut() -> None:
@@ -242,7 +244,6 @@ class RunFolder:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one of the console for a step."""
-        self._step = step
         if rank() != 0:
             return
         self._append("metrics.jsonl", {"step": step, **metrics})
@@ -252,6 +253,12 @@ class RunFolder:
         if self._bar is not None:
             self._bar.update(max(step, 0) - self._bar.n)
         tqdm.write(console_line(step, self._num_steps, metrics))
+
+    def log_text(self, *lines: str) -> None:
+        """Lines for the console alone."""
+        if rank() == 0:
+            for line in lines:
+                tqdm.write(line)
 
     def log_sample(self, step: int, record: Mapping[str, Json]) -> None:
         """One line of samples.jsonl."""
@@ -263,12 +270,7 @@ class RunFolder:
             file.write(to_json(record) + "\n")
 
     def finish(self, status: Literal["stopped", "finished"]) -> None:
-        """Write STATUS, after the last checkpoint.
-
-        ValueError: stopped without one finished step; a batch script would requeue that for ever.
-        """
-        if status == "stopped" and self._step <= self._first:
-            raise ValueError("stopped before a step was finished: allow more than the start-up")
+        """Write STATUS, after the last checkpoint; a batch script requeues what was stopped."""
         on_rank_zero(lambda: write_text(self.folder / "STATUS", f"{status}\n"))
 
     def close(self) -> None:
