@@ -104,9 +104,8 @@ def progress_rewards(
     progress = torch.where(
         initial < 1e-6, (final < 0.1).double(), ((initial - final) / initial).clamp(min=0)
     )
-    jerk = controls.diff(dim=1).abs().sum(dim=1) / max(
-        1, plant.horizon - 1
-    )  # [N]; horizon 1 has no difference
+    num_changes = max(1, plant.horizon - 1)  # horizon 1 has none, and its sum is 0
+    mean_change = controls.diff(dim=1).abs().sum(dim=1) / num_changes  # [N]
     violations = _count_violations(parsed, trajectories, plant)
     share_inside = (states.abs() <= plant.state_bound).all(dim=2).double().mean(dim=1)
     components = {
@@ -115,7 +114,7 @@ def progress_rewards(
         "proximity": weights.proximity * torch.exp(-2 * distances.mean(dim=1)),
         "terminal": weights.terminal * torch.exp(-10 * final),
         "efficiency": weights.efficiency * torch.exp(-controls.abs().mean(dim=1)),
-        "smoothness": weights.smoothness * torch.exp(-2 * jerk),
+        "smoothness": weights.smoothness * torch.exp(-2 * mean_change),
         "lqr": -weights.lqr * torch.tanh(trajectory_cost(trajectories, cost).double() / 200),
         "constraints": -(weights.constraints * violations).clamp(max=weights.constraints_cap),
         "validity": weights.validity * (share_inside - 0.5),
@@ -127,7 +126,7 @@ def progress_rewards(
 def punishment_rewards(
     parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
 ) -> dict[str, Tensor]:
-    """The components [N] of the punishment reward, float64; malformed beats most valid text."""
+    """The components [N] of the punishment reward, float64; malformed text can beat valid."""
     final = trajectories.states[:, -1].double().norm(dim=1)  # [N]
     components = {
         "cost": -trajectory_cost(trajectories, cost).double() / 10,
@@ -142,9 +141,8 @@ def _count_violations(
     parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator
 ) -> Tensor:
     """Controls written, and states reached, out of bounds: [N] float64."""
-    return (
-        (parsed.controls.abs() > plant.control_bound).sum(dim=1) + trajectories.num_violations
-    ).double()
+    written = (parsed.controls.abs() > plant.control_bound).sum(dim=1)  # [N]
+    return (written + trajectories.num_violations).double()
 
 
 def breakdown_line(rewards: Rewards, row: int) -> str:

@@ -181,6 +181,13 @@ def test_only_the_exact_number_of_values_is_valid(codec):
         assert parsed.controls.abs().sum().item() == 50 * (num_values == 50)
 
 
+def test_num_values_counts_whole_numbers_only():
+    texts = ["1.00 x -2.00, 3.00", "1234.00", "1.000", "01.00", "1.00.00", "--1.00", "0.50nan"]
+    parsed = parse_controls(texts, torch.ones(7, dtype=torch.bool), SMALL, NUMBERS)
+    assert_invalid(parsed)
+    assert parsed.num_values.tolist() == [3, 0, 0, 0, 0, 0, 1]
+
+
 def test_horizon_one_needs_no_separator():
     plant = DoubleIntegrator(horizon=1)
     assert parse_one("0.50", plant).controls.tolist() == [[0.5]]
