@@ -32,10 +32,10 @@ from minigrpo.data import Task
 from minigrpo.distributed import any_rank, max_over_ranks, rank
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
-from minigrpo.prompts import Codec
+from minigrpo.prompts import Codec, render_controls
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
-from minigrpo.tokenizer import encode_completion, load_tokenizer, pad_id
+from minigrpo.tokenizer import decode_completions, encode_completion, load_tokenizer, pad_id
 from minigrpo.transformer import Transformer, load_transformer, to_hugging_face
 
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
@@ -137,12 +137,14 @@ def make_task(
     """The task with its longest completion: that of a plan of negative numbers, EOS included.
 
     Where a number is several tokens a tenth is added, since other digits may merge differently.
-    ValueError: the tokenizer can't write the codec's numbers.
+    ValueError: the tokenizer loses some of the codec's text.
     """
     plan = torch.linspace(-plant.control_bound, -plant.control_bound / 3, plant.horizon)
     longest = encode_completion(tokenizer, plan, codec)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in longest[:-1]:
-        raise ValueError(f"the tokenizer must know all numbers of {codec.decimals} decimals")
+    tokens = torch.tensor([longest])
+    read, text = decode_completions(tokenizer, tokens, tokens >= 0)[0], render_controls(plan, codec)
+    if read != text:
+        raise ValueError(f"the tokenizer must keep {text[:30]!r}... as it is, got {read[:30]!r}")
     slack = len(longest) // 10 if codec.style == "words" else 0
     return Task(plant, cost, codec, tokenizer, len(longest) + slack)
 

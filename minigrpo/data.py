@@ -1,7 +1,7 @@
-"""Where the data come from: the split of the start grid, LQR demonstrations, the prompt stream, and keyed randomness.
+"""Where the data come from: split of the start grid, LQR demonstrations, prompts, keyed randomness.
 
-Every draw is a pure function of (seed, purpose, step, prompt index): results do not depend on the number of ranks, and resuming
-needs no generator state.
+Every draw is a pure function of (seed, purpose, step, prompt index): results do not depend on the
+number of ranks, and resuming needs no generator state.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -19,13 +20,24 @@ from minigrpo.prompts import Codec, prompt_text
 from minigrpo.shapes import check_shapes
 from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
 
-PURPOSES = ("split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap", "initialise")
-SPLIT_SEED = 20_260_101  # one split for everybody: a run's own seed must not move a start from test to training
+PURPOSES = (
+    "split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap",
+    "initialise",
+)  # fmt: skip
+SPLIT_SEED = (
+    20_260_101  # one split for all: a run's seed must not move a start from test to training
+)
 HELD_OUT_STARTS = 2048  # of each of test and validation, out of 25,921
 
 
 def keyed_generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """Independent random numbers for each key; SeedSequence hashes it, so neighbouring keys share nothing."""
+    """Independent random numbers for each key; SeedSequence hashes it, neighbours share nothing.
+
+    Keys of one purpose have one length, since SeedSequence reads (1, 2) as (1, 2, 0), and no part
+    reaches 2^32, since it reads that as two parts.
+    """
+    if not all(0 <= part < 2**32 for part in (seed, *key)):
+        raise ValueError(f"seed and key must be in [0, 2^32), got {(seed, *key)}")
     return np.random.default_rng([seed, PURPOSES.index(purpose), *key])
 
 
@@ -43,7 +55,9 @@ def split_starts(plant: DoubleIntegrator) -> StartSplit:
     grid = plant.start_grid()
     held_out = min(HELD_OUT_STARTS, len(grid) // 8)
     order = torch.from_numpy(keyed_generator(SPLIT_SEED, "split").permutation(len(grid)))
-    return StartSplit(grid[order[:held_out]], grid[order[held_out : 2 * held_out]], grid[order[2 * held_out :]])
+    sizes = [held_out, held_out, len(grid) - 2 * held_out]
+    test, validation, training = torch.split(order, sizes)
+    return StartSplit(grid[test], grid[validation], grid[training])
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Prompts:
     """The prompts of one step; a start travels with its prompt and is never read back from text."""
 
     initial_states: Tensor  # [P, 2] m, m/s; float64
-    indices: Tensor  # [P] int64, place in the run's stream of prompts: the key of its randomness
+    indices: Tensor  # [P] int64, place in the run's stream of prompts, the key of its randomness
     texts: tuple[str, ...]  # P strings
     tokens: Tensor  # [P, L] int64, left-padded
     mask: Tensor  # [P, L] bool
@@ -78,22 +92,31 @@ class Prompts:
 
 def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts:
     """Prompts for given starts [P, 2]."""
-    rows = [encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in initial_states]
+    rows = [
+        encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in initial_states
+    ]
     tokens, mask = _pad(rows, pad_id(task.tokenizer), left=True)
     texts = tuple(prompt_text(state, task.plant, task.codec) for state in initial_states)
     return Prompts(initial_states, indices, texts, tokens, mask)
 
 
-def training_starts(starts: Tensor, seed: int, step: int, num_prompts: int) -> tuple[Tensor, Tensor]:
-    """The fresh random starts [P, 2] of one step and their places [P] in the stream, from the training part."""
+def training_starts(
+    starts: Tensor, seed: int, step: int, num_prompts: int
+) -> tuple[Tensor, Tensor]:
+    """Fresh random starts [P, 2] of one step and their places [P] in the run's prompt stream."""
     chosen = keyed_generator(seed, "prompts", step).integers(len(starts), size=num_prompts)
-    return starts[torch.from_numpy(chosen)], torch.arange(step * num_prompts, (step + 1) * num_prompts)
+    places = torch.arange(step * num_prompts, (step + 1) * num_prompts)
+    return starts[torch.from_numpy(chosen)], places
 
 
-def token_uniforms(seed: int, indices: Tensor, group_size: int, length: int, purpose: str = "tokens") -> Tensor:
-    """The uniforms [P * G, C] that decide every sampled token; row p * G + g depends on prompt p's index alone."""
-    rows = [keyed_generator(seed, purpose, int(index)).random((group_size, length), dtype=np.float32) for index in indices]
-    return torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0, length)
+def token_uniforms(
+    seed: int, indices: Tensor, group_size: int, length: int, purpose: str = "tokens"
+) -> Tensor:
+    """The uniforms [P * G, C] that decide every token; a prompt's depend on its index alone."""
+    uniforms = torch.zeros(len(indices), group_size, length)
+    for row, index in zip(uniforms.numpy(), indices.tolist(), strict=True):
+        keyed_generator(seed, purpose, index).random(dtype=np.float32, out=row)
+    return rearrange(uniforms, "p g c -> (p g) c")
 
 
 @dataclass(frozen=True)
@@ -106,24 +129,29 @@ class SFTBatch:
 
     def __post_init__(self) -> None:
         check_shapes(
-            tokens=(self.tokens, "B K"), mask=(self.mask, "B K"), completion_mask=(self.completion_mask, "B K")
+            tokens=(self.tokens, "B K"),
+            mask=(self.mask, "B K"),
+            completion_mask=(self.completion_mask, "B K"),
         )
 
     def rows(self, chosen: Tensor) -> SFTBatch:
         return SFTBatch(self.tokens[chosen], self.mask[chosen], self.completion_mask[chosen])
 
     def to(self, device: torch.device) -> SFTBatch:
-        return SFTBatch(self.tokens.to(device), self.mask.to(device), self.completion_mask.to(device))
+        return SFTBatch(
+            self.tokens.to(device), self.mask.to(device), self.completion_mask.to(device)
+        )
 
 
 def demonstrations(starts: Tensor, task: Task) -> SFTBatch:
-    """Saturated LQR from given starts [B, 2], rounded inside the loop, so each control has seen the rounding before it."""
+    """Saturated LQR from starts [B, 2], rounded in the loop: a control sees earlier rounding."""
     plans = lqr_controls(starts, task.plant, task.cost, decimals=task.codec.decimals)
     prompts = [encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in starts]
     completions = [encode_completion(task.tokenizer, plan, task.codec) for plan in plans]
-    tokens, mask = _pad([p + c for p, c in zip(prompts, completions, strict=True)], pad_id(task.tokenizer), left=False)
-    prompt_length = torch.tensor([len(prompt) for prompt in prompts])
-    learned = mask & (torch.arange(tokens.shape[1]) >= prompt_length.unsqueeze(1))
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    tokens, mask = _pad(rows, pad_id(task.tokenizer), left=False)
+    prompt_length = rearrange(torch.tensor([len(prompt) for prompt in prompts]), "b -> b 1")
+    learned = mask & (torch.arange(tokens.shape[1]) >= prompt_length)  # [B, K]
     return SFTBatch(tokens, mask, learned)
 
 

@@ -16,9 +16,12 @@ K starts, T horizon. Nothing here communicates: of several ranks each computes, 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +40,27 @@ from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
 RESAMPLES = 2000
-GREEDY = ActingPolicy(
-    temperature=1.0, top_p=1.0
-)  # no truncation: the most probable token, no support stored
-Summary = dict[str, float | list[float] | None]
+UNTRUNCATED = ActingPolicy(temperature=1.0, top_p=1.0)
+MODES = ("greedy", "sampled", "mpc")
+Summary = dict[str, float | list[float] | None]  # name_ci95 holds the two ends of an interval
+COLUMNS = (  # of the table: key, title, format
+    ("num_cases", "cases", "d"),
+    ("reward_mean", "reward", ".2f"),
+    ("reward_ci95", "95 % interval", ".2f"),
+    ("final_error_mean", "error mean", ".4f"),
+    ("final_error_median", "median", ".4f"),
+    ("final_error_p95", "p95", ".4f"),
+    ("frac_final_error_below_0.1", "below 0.1", ".1%"),
+    ("cost_ratio", "cost ratio", ".4f"),
+    ("frac_valid", "valid", ".1%"),
+    ("num_violations_mean", "violations", ".2f"),
+)
+DIFFERENCES = (
+    ("reward_difference", "reward", "+.2f"),
+    ("gap_closed", "gap to LQR closed", ".1%"),
+    ("final_error_difference", "final error", "+.4f"),
+    ("cost_ratio_difference", "cost ratio", "+.4f"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +70,8 @@ class CaseResults:
     rewards: Rewards  # components and total [K], progress reward, default weights
     final_error: Tensor  # [K] |x_T|, m and m/s together
     cost: Tensor  # [K]
-    is_valid: Tensor  # [K] bool, all texts of this start were valid
-    num_invalid_texts: Tensor  # [K] int64, at most 1 open loop, at most T for mpc
+    num_texts: int  # written from each start: 1 open loop, T for mpc
+    num_invalid_texts: Tensor  # [K] int64
     num_violations: Tensor  # [K] int64, states k = 1..T out of bounds
     states: Tensor  # [K, T+1, 2] m, m/s
     controls: Tensor  # [K, T] m/s^2, as applied
@@ -61,18 +81,34 @@ class CaseResults:
             total=(self.rewards.total, "K"),
             final_error=(self.final_error, "K"),
             cost=(self.cost, "K"),
-            is_valid=(self.is_valid, "K"),
             num_invalid_texts=(self.num_invalid_texts, "K"),
             num_violations=(self.num_violations, "K"),
             controls=(self.controls, "K T"),
             states=(self.states, "K T+1 2"),
         )
 
+    @property
+    def is_valid(self) -> Tensor:
+        """[K] bool, every text of this start was valid."""
+        return self.num_invalid_texts == 0
+
+
+Results = dict[str, dict[str, CaseResults]]  # by policy and mode; LQR is greedy only
+
+
+@dataclass(frozen=True)
+class Report:
+    """What evaluation.json holds; null stands for what did not run."""
+
+    policies: dict[str, dict[str, Summary | None]]
+    comparison: dict[str, Summary | None]  # by mode
+    num_cases: int
+
 
 def lqr_results(starts: Tensor, task: Task, decimals: int | None = None) -> CaseResults:
     """Saturated LQR from starts [K, 2]; `decimals` rounds each control inside the loop."""
     controls = lqr_controls(starts.double(), task.plant, task.cost, decimals)
-    return _measure(starts, controls, torch.zeros(len(starts), dtype=torch.int64), task)
+    return _measure(starts, controls, 1, torch.zeros(len(starts), dtype=torch.int64), task)
 
 
 def evaluate_policy(
@@ -90,7 +126,7 @@ def evaluate_policy(
     """
     experience = _plan(model, starts, task, acting, seed, rows_per_batch)
     parsed, trajectories, rewards = experience.parsed, experience.trajectories, experience.rewards
-    return _collect(trajectories, rewards, (~parsed.is_valid).long(), task)
+    return _collect(trajectories, rewards, 1, (~parsed.is_valid).long(), task)
 
 
 def receding_horizon(
@@ -107,20 +143,18 @@ def receding_horizon(
     keeps the true state. An invalid text applies zero control at its step and is counted; the
     reward is that of the trajectory flown. Equal prompts are decoded once.
     """
-    plant = task.plant
+    plant, bound = task.plant, task.plant.control_bound
     state = rearrange(starts.double(), "k c -> c k")  # [2, K]
     written, invalid = [], []
     for _ in progress(range(plant.horizon)):
-        seen = state.clamp(-plant.control_bound, plant.control_bound).round(
-            decimals=plant.start_decimals
-        )
+        seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
         distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
         parsed = _plan(model, distinct, task, None, 0, rows_per_batch).parsed
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])
-        state = plant.step(state, written[-1].clamp(-plant.control_bound, plant.control_bound))
-    num_invalid = torch.stack(invalid).sum(dim=0)
-    return _measure(starts, rearrange(torch.stack(written), "t k -> k t"), num_invalid, task)
+        state = plant.step(state, written[-1].clamp(-bound, bound))
+    controls = rearrange(torch.stack(written), "t k -> k t")
+    return _measure(starts, controls, plant.horizon, torch.stack(invalid).sum(dim=0), task)
 
 
 def _plan(
@@ -132,41 +166,36 @@ def _plan(
     rows: int,
 ) -> Experience:
     prompts = make_prompts(starts.double(), torch.arange(len(starts)), task)
-    uniforms = None
-    if acting is not None:
-        uniforms = token_uniforms(
-            seed, prompts.indices, 1, task.max_completion_length, "evaluation"
-        )
-
-    def reward(parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
-        return _reward(parsed, trajectories, task)
-
-    return act(model, prompts, 1, task, acting or GREEDY, uniforms, reward, rows)
+    length = task.max_completion_length
+    uniforms = token_uniforms(seed, prompts.indices, 1, length, "evaluation") if acting else None
+    return act(
+        model, prompts, 1, task, acting or UNTRUNCATED, uniforms, partial(_reward, task), rows
+    )
 
 
-def _reward(parsed: ParsedControls, trajectories: Trajectories, task: Task) -> Rewards:
+def _reward(task: Task, parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
     return compute_rewards("progress", parsed, trajectories, task.plant, task.cost, RewardWeights())
 
 
 def _measure(
-    starts: Tensor, controls: Tensor, num_invalid_texts: Tensor, task: Task
+    starts: Tensor, controls: Tensor, num_texts: int, num_invalid: Tensor, task: Task
 ) -> CaseResults:
     """Results of controls [K, T] that were really applied, whoever chose them."""
     applied = torch.ones(len(starts), dtype=torch.bool)
     parsed = ParsedControls(controls, applied, torch.full((len(starts),), task.plant.horizon))
     trajectories = task.plant.simulate(starts.double(), controls)
-    return _collect(trajectories, _reward(parsed, trajectories, task), num_invalid_texts, task)
+    return _collect(trajectories, _reward(task, parsed, trajectories), num_texts, num_invalid, task)
 
 
 def _collect(
-    flown: Trajectories, rewards: Rewards, num_invalid_texts: Tensor, task: Task
+    flown: Trajectories, rewards: Rewards, num_texts: int, num_invalid: Tensor, task: Task
 ) -> CaseResults:
     return CaseResults(
         rewards=rewards,
         final_error=flown.states[:, -1].norm(dim=1),
         cost=trajectory_cost(flown, task.cost),
-        is_valid=num_invalid_texts == 0,
-        num_invalid_texts=num_invalid_texts,
+        num_texts=num_texts,
+        num_invalid_texts=num_invalid,
         num_violations=flown.num_violations,
         states=flown.states,
         controls=flown.controls,
@@ -178,17 +207,18 @@ def summarise(results: CaseResults, lqr: CaseResults, seed: int = 0) -> Summary:
     _check_same_starts(results, lqr)
     reward, error = results.rewards.total, results.final_error
     summary: Summary = {
+        "num_cases": len(reward),
         "reward_mean": float(reward.mean()),
         "reward_ci95": _interval(_resampled_means(seed, reward)[0]),
         "final_error_mean": float(error.mean()),
         "final_error_median": float(error.quantile(0.5)),
         "final_error_p95": float(error.quantile(0.95)),
         "frac_final_error_below_0.1": float((error < 0.1).double().mean()),
-        "frac_valid": float(results.is_valid.double().mean()),
-        "cost_ratio": float(results.cost.sum() / lqr.cost.sum()),
+        "frac_valid": 1 - float(results.num_invalid_texts.double().mean()) / results.num_texts,
+        "cost_ratio": _ratio(results.cost, lqr.cost),
         "num_violations_mean": float(results.num_violations.double().mean()),
         "frac_violating": float((results.num_violations > 0).double().mean()),
-        "num_invalid_texts": float(results.num_invalid_texts.sum()),
+        "num_invalid_texts": int(results.num_invalid_texts.sum()),
     }
     return summary | {
         f"reward_{name}": float(v.mean()) for name, v in results.rewards.components.items()
@@ -203,16 +233,44 @@ def paired_difference(a: CaseResults, b: CaseResults, lqr: CaseResults, seed: in
     columns = (gain, gap, a.final_error - b.final_error, a.cost - b.cost, lqr.cost)
     gains, gaps, errors, costs, lqr_costs = _resampled_means(seed, *columns)
     has_gap = np.percentile(gaps, 2.5) > 0
+    with np.errstate(divide="ignore", invalid="ignore"):  # _interval answers None
+        shares, cost_ratios = gains / gaps, costs / lqr_costs
     return {
         "reward_difference": float(gain.mean()),
         "reward_difference_ci95": _interval(gains),
-        "gap_closed": float(gain.mean() / gap.mean()) if has_gap else None,
-        "gap_closed_ci95": _interval(gains / gaps) if has_gap else None,
+        "gap_closed": _ratio(gain, gap) if has_gap else None,
+        "gap_closed_ci95": _interval(shares) if has_gap else None,
         "final_error_difference": float(columns[2].mean()),
         "final_error_difference_ci95": _interval(errors),
-        "cost_ratio_difference": float(columns[3].sum() / lqr.cost.sum()),
-        "cost_ratio_difference_ci95": _interval(costs / lqr_costs),
+        "cost_ratio_difference": _ratio(columns[3], lqr.cost),
+        "cost_ratio_difference_ci95": _interval(cost_ratios),
     }
+
+
+def validation_metrics(
+    model: Transformer, starts: Tensor, task: Task, seed: int
+) -> dict[str, float]:
+    """The eval/ metrics of training: a greedy and a sampled plan from each start.
+
+    Sampled at temperature 1 from the whole vocabulary, whichever policy acts in training.
+    """
+    expert = lqr_results(starts, task)
+    greedy = evaluate_policy(model, starts, task, None, seed)
+    sampled = evaluate_policy(model, starts, task, UNTRUNCATED, seed)
+    return {
+        "eval/greedy_reward": float(greedy.rewards.total.mean()),
+        "eval/sampled_reward": float(sampled.rewards.total.mean()),
+        "eval/lqr_reward": float(expert.rewards.total.mean()),
+        "eval/final_error": float(greedy.final_error.mean()),
+        "eval/frac_valid": float(greedy.is_valid.double().mean()),
+        "eval/sampled_frac_valid": float(sampled.is_valid.double().mean()),
+        "eval/cost_ratio": float(greedy.cost.sum() / expert.cost.sum()),
+    }
+
+
+def _ratio(values: Tensor, unit: Tensor) -> float | None:
+    """Ratio of sums; None for nothing to divide by, LQR's cost if every start is the origin."""
+    return float(values.sum() / unit.sum()) if bool(unit.sum() > 0) else None
 
 
 def _check_same_starts(results: CaseResults, lqr: CaseResults) -> None:
@@ -227,8 +285,79 @@ def _resampled_means(seed: int, *columns: Tensor) -> list[np.ndarray]:
     return [column.numpy()[chosen].mean(axis=1) for column in columns]
 
 
-def _interval(means: np.ndarray) -> list[float]:
+def _interval(means: np.ndarray) -> list[float] | None:
+    """The middle 95 %; None if some resample had nothing to divide by."""
+    if not np.isfinite(means).all():
+        return None
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+
+def make_report(results: Results, task: Task, seed: int) -> Report:
+    """Summaries of all that ran, and grpo minus sft in each mode that both ran."""
+
+    def summary(name: str, mode: str) -> Summary | None:
+        ran = results[name].get(mode)
+        return None if ran is None else summarise(ran, _expert(ran, task), seed)
+
+    def difference(mode: str) -> Summary | None:
+        a, b = (results.get(name, {}).get(mode) for name in ("grpo", "sft"))
+        return None if a is None or b is None else paired_difference(a, b, _expert(a, task), seed)
+
+    return Report(
+        policies={name: {mode: summary(name, mode) for mode in MODES} for name in results},
+        comparison={mode: difference(mode) for mode in MODES},
+        num_cases=max(len(ran.cost) for modes in results.values() for ran in modes.values()),
+    )
+
+
+def _expert(ran: CaseResults, task: Task) -> CaseResults:
+    return lqr_results(ran.states[:, 0], task)
+
+
+def table(report: Report) -> str:
+    """The report as text: a row for each policy and mode, then the paired differences."""
+    rows = [["policy", "mode", *(title for _, title, _ in COLUMNS)]]
+    for name, modes in report.policies.items():
+        for mode, summary in modes.items():
+            if summary is not None:
+                cells = [_cell(summary[key], form) for key, _, form in COLUMNS]
+                rows.append([name, mode, *cells])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([*(c.ljust(w) for c, w in cells[:2]), *(c.rjust(w) for c, w in cells[2:])])
+        for cells in ([*zip(row, widths, strict=True)] for row in rows)
+    ]
+    for mode, difference in report.comparison.items():
+        if difference is not None:
+            parts = [
+                f"{title} {_cell(difference[key], form)} {_cell(difference[f'{key}_ci95'], form)}"
+                for key, title, form in DIFFERENCES
+            ]
+            lines.append(f"grpo - sft, {mode}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _cell(value: float | list[float] | None, form: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return f"[{', '.join(_cell(bound, form) for bound in value)}]"
+    return f"{value:{form}}"
+
+
+def cases_csv(results: Results) -> str:
+    """One line a start, policy and mode: what every number of the report can be computed from."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    measures = ("reward", "final_error", "cost", "is_valid", "num_violations", "num_invalid_texts")
+    writer.writerow(("position", "velocity", "policy", "mode", *measures))
+    for name, modes in results.items():
+        for mode, ran in modes.items():
+            columns = [ran.states[:, 0, 0], ran.states[:, 0, 1], ran.rewards.total, ran.final_error]
+            columns += [ran.cost, ran.is_valid.long(), ran.num_violations, ran.num_invalid_texts]
+            for position, velocity, *values in zip(*(c.tolist() for c in columns), strict=True):
+                writer.writerow((position, velocity, name, mode, *values))
+    return file.getvalue()
 
 
 def read_starts(path: Path, plant: DoubleIntegrator) -> Tensor:
@@ -258,20 +387,13 @@ def read_starts(path: Path, plant: DoubleIntegrator) -> Tensor:
                 f"+-{plant.start_bound:g} with at most {plant.start_decimals} decimals, "
                 f"got {json.dumps(row)}"
             )
-    starts = torch.tensor(rows, dtype=torch.float64)
-    if not bool(starts.any()):
-        raise ValueError(
-            f"initial_states: {path} must hold a start other than the origin, got none"
-        )
-    return starts
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _is_start(row: object, plant: DoubleIntegrator) -> bool:
-    if not isinstance(row, list) or len(row) != 2:
-        return False
-    for value in row:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return False
-        if not abs(value) <= plant.start_bound or value != round(value, plant.start_decimals):
-            return False
-    return True
+    return (
+        isinstance(row, list)
+        and [type(value) in (int, float) for value in row] == [True, True]
+        and all(abs(value) <= plant.start_bound for value in row)
+        and all(value == round(value, plant.start_decimals) for value in row)
+    )

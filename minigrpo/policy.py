@@ -1,15 +1,17 @@
 """From logits to the acting policy q, and the log-probs of what it did.
 
     p = softmax(z / temperature)
-    support = the smallest set of most probable tokens with mass >= top_p (the token that crosses is in),
-              cut to its support_size most probable; ties go to the smaller id
-    q = p restricted to the support and renormalised:  log q = log_softmax over the support of z / temperature
+    support = the smallest set of most probable tokens with mass >= top_p (the token that crosses is
+              in), cut to its support_size most probable; ties go to the smaller id. With top_p = 1
+              nothing is cut, not even at support_size
+    q = p on the support, renormalised:  log q = log_softmax over the support of z / temperature
 
-Tokens are drawn from q, and the support is stored. Current, old and reference log-probs are log q over the *stored*
-support (keep mask, DeepSeek-V3.2, 2512.02556), so the gradient is that of the policy that acted: with log-probs over the
-whole vocabulary the mean ratio is not 1 and the gradient points elsewhere (tests/test_policy.py measures both).
+Tokens are drawn from q, and the support is stored. Current, old and reference log-probs are log q
+over the *stored* support (keep mask, DeepSeek-V3.2, 2512.02556), so the gradient is that of the
+policy that acted: with log-probs over the whole vocabulary the mean ratio is not 1 and the gradient
+points elsewhere (tests/test_policy.py measures both).
 
-N or M rows, C completion tokens, S support cap, V vocabulary; support holds token ids, -1 is filler.
+N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids, -1 is filler.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
-# Logits [positions, V] of more elements than this are made in chunks and made again in the backward pass.
+# Logits [positions, V] with more elements are made in chunks, and again in the backward pass.
 CHUNK_ELEMENTS = 2**26
 
 
@@ -53,7 +55,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Nucleus:
-    """q at one position of each row, most probable token first; without truncation in the order of the ids."""
+    """q at one position of each row, the most probable token first; untruncated, in id order."""
 
     support: Tensor | None  # [B, S] int64, None: the whole vocabulary
     logprobs: Tensor  # [B, S] (or [B, V]) log q, -inf on filler
@@ -62,7 +64,7 @@ class Nucleus:
 
 
 def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
-    """Temperature and top-p on logits [B, V]; see the module's docstring for the definition."""
+    """Temperature and top-p on logits [B, V]; the module's docstring has the definition."""
     scaled = tempered(logits, acting.temperature)  # [B, V]
     if acting.top_p == 1.0:
         logprobs, ones = F.log_softmax(scaled, dim=-1), torch.ones_like(scaled[:, 0])
@@ -70,8 +72,10 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
     best, ids = _largest(scaled, min(acting.support_size, scaled.shape[-1]))  # [B, S]
     probs = torch.exp(best - torch.logsumexp(scaled, dim=-1, keepdim=True))
     mass = probs.cumsum(dim=-1)  # [B, S]
-    kept = mass - probs < acting.top_p  # the mass strictly above a token is short of top_p
-    kept[:, 0] = True
+    # A token is in if the mass above it is short of top_p; counted, so that it is a prefix even if
+    # a parallel cumsum is not monotone.
+    num_kept = (mass - probs < acting.top_p).sum(dim=-1, keepdim=True)  # [B, 1]
+    kept = torch.arange(best.shape[1], device=best.device) < num_kept  # [B, S]
     inside = best.masked_fill(~kept, -torch.inf)
     kept_mass = (probs * kept).sum(dim=-1)  # [B]
     is_capped = (mass[:, -1] < acting.top_p) & (best.shape[1] < scaled.shape[1])
@@ -79,7 +83,7 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, descending, equal ones by id; topk alone leaves the order of ties open."""
+    """The `count` largest of each row, descending, equal ones by id, which topk leaves open."""
     best, ids = values.topk(min(count + 1, values.shape[1]), dim=-1)
     tied = (best[:, 1:] == best[:, :-1]).any(dim=-1)  # also looks one past the cap
     if tied.any():
@@ -89,14 +93,18 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row and its log q, both [B]: inverse CDF of q at uniforms [B] in [0, 1); None takes the most probable."""
+    """One token a row and its log q, both [B]: inverse CDF of q at uniforms [B] in [0, 1).
+
+    None takes the most probable one, of equals that with the smallest id.
+    """
     if uniforms is None:
-        place = q.logprobs.argmax(dim=-1, keepdim=True)  # the first of equals, the smallest id
+        place = q.logprobs.argmax(dim=-1, keepdim=True)  # the first of equals
     else:
         probs = q.logprobs.exp()
         cdf = probs.cumsum(dim=-1)
         target = rearrange(uniforms.to(cdf), "b -> b 1") * cdf[:, -1:]
-        # right=True steps over tokens of probability 0; the last possible one catches u * total rounded up to total.
+        # right=True steps over tokens of probability 0; the last possible one catches a target
+        # that rounding lifted to the total.
         last = cdf.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1, keepdim=True)
         place = torch.minimum(torch.searchsorted(cdf, target, right=True), last)
     tokens = place if q.support is None else q.support.gather(-1, place)
@@ -114,8 +122,10 @@ class TokenScores:
         check_shapes(logprobs=(self.logprobs, "M C"), entropy=(self.entropy, "M C"))
 
 
-def score_logits(logits: Tensor, tokens: Tensor, support: Tensor | None, temperature: float) -> TokenScores:
-    """log q(token) and the entropy of q from logits [M, C, V], tokens [M, C], support [M, C, S] or None.
+def score_logits(
+    logits: Tensor, tokens: Tensor, support: Tensor | None, temperature: float
+) -> TokenScores:
+    """log q(token) and the entropy of q: logits [M, C, V], tokens [M, C], support [M, C, S].
 
     Gathered before the division and the log-sum-exp: work over S values, not over V.
     """
@@ -125,7 +135,8 @@ def score_logits(logits: Tensor, tokens: Tensor, support: Tensor | None, tempera
         inside = tempered(logits, temperature)
     else:
         ids = support.long()
-        inside = tempered(logits.gather(-1, ids.clamp(min=0)), temperature).masked_fill(ids < 0, -torch.inf)  # [M, C, S]
+        inside = tempered(logits.gather(-1, ids.clamp(min=0)), temperature)  # [M, C, S]
+        inside = inside.masked_fill(ids < 0, -torch.inf)
     norm = torch.logsumexp(inside, dim=-1)  # [M, C]
     with torch.no_grad():
         weight = torch.exp(inside - rearrange(norm, "m c -> m c 1"))
@@ -141,30 +152,37 @@ def completion_scores(
     support: Tensor | None,
     temperature: float,
 ) -> TokenScores:
-    """Score completions [M, C] after left-padded prompts [M, L]: one forward for old, new and reference alike.
+    """Score completions [M, C] after left-padded prompts [M, L], for old, new and reference alike.
 
-    The last completion token is never fed, and only completion positions reach the head, in chunks, so logits
-    [M, C, V] never exist at once for a large V.
+    The last completion token is never fed, and only completion positions reach the head, in chunks,
+    so logits [M, C, V] never exist at once for a large V.
     """
     num_prompt, num_completion = prompt_tokens.shape[1], completion_tokens.shape[1]
     tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
-    # Right padding needs no mask: no real token is causally behind it, and what is scored there is masked later.
+    # Right padding needs no mask: no real token comes after it, and what is scored there is masked.
     tail = prompt_mask.new_ones(len(tokens), num_completion - 1)
     mask = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, tail], dim=1)
 
     def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
         hidden = hidden[:, num_prompt - 1 :]  # [M, C, E]
-        step = max(1, CHUNK_ELEMENTS // (hidden.shape[0] * head_weight.shape[0]))
+        step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
         if step >= num_completion:
-            return score_logits(F.linear(hidden, head_weight), completion_tokens, support, temperature)
+            return score_logits(
+                F.linear(hidden, head_weight), completion_tokens, support, temperature
+            )
         starts = range(0, num_completion, step)
         pieces = [
             checkpoint(  # logits of a chunk are made again in the backward pass, not kept
-                _score_chunk, hidden[:, i : i + step], head_weight, completion_tokens[:, i : i + step],
-                None if support is None else support[:, i : i + step], temperature, use_reentrant=False,
+                _score_chunk,
+                hidden[:, i : i + step],
+                head_weight,
+                completion_tokens[:, i : i + step],
+                None if support is None else support[:, i : i + step],
+                temperature,
+                use_reentrant=False,
             )
             for i in starts
-        ]  # fmt: skip
+        ]
         return TokenScores(*(torch.cat(columns, dim=1) for columns in zip(*pieces, strict=True)))
 
     scores: TokenScores = model(tokens, mask, None, output)

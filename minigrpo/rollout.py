@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
 from minigrpo.data import Prompts, Task, token_uniforms
-from minigrpo.distributed import gather_rows
+from minigrpo.distributed import gather_rows, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
-from minigrpo.grpo import group_advantages
+from minigrpo.grpo import constant_groups, group_advantages
 from minigrpo.policy import ActingPolicy, TokenScores, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import Rewards
@@ -26,6 +26,8 @@ from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.shapes import check_shapes
 from minigrpo.tokenizer import decode_completions, pad_id
 from minigrpo.transformer import Transformer
+
+SampleRecord = dict[str, str | list[dict[str, str | bool | float | dict[str, float]]]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Rollout:
     completion_tokens: Tensor  # [N, C]
     completion_mask: Tensor  # [N, C]
     support: Tensor | None  # [N, C, S]
+    sampling_logprobs: Tensor  # [N, C] the decoder's own, for a metric, never for the loss
     old_logprobs: Tensor | None  # [N, C]; None: the rollout feeds exactly one optimizer step
     ref_logprobs: Tensor | None  # [N, C]; None: no KL term
     rewards: Tensor  # [N] float64
@@ -63,6 +66,7 @@ class Rollout:
             prompt_mask=(self.prompt_mask, "N L"),
             completion_tokens=(self.completion_tokens, "N C"),
             completion_mask=(self.completion_mask, "N C"),
+            sampling_logprobs=(self.sampling_logprobs, "N C"),
             rewards=(self.rewards, "N"),
             advantages=(self.advantages, "N"),
             **{name: (value, shape) for name, (value, shape) in named.items() if value is not None},
@@ -132,17 +136,67 @@ def make_rollout(
     if reference is not None:
         ref = score_rows(reference, (rows[0], rows[1]), completions, config.temperature, config.micro_batch_size).logprobs
     total = experience.rewards.total
+    everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])
     rollout = Rollout(
         prompt_tokens=rows[0],
         prompt_mask=rows[1],
         completion_tokens=completions.tokens,
         completion_mask=completions.mask,
         support=completions.support,
+        sampling_logprobs=completions.sampling_logprobs,
         old_logprobs=old,
         ref_logprobs=ref,
         rewards=total,
-        advantages=group_advantages(total, config.group_size, config.advantage_std, torch.cat([r[0] for r in gather_rows([total])])),
+        advantages=group_advantages(total, config.group_size, config.advantage_std, everybodys),
         prompt_places=prompt_places,
         group_size=config.group_size,
     )
     return rollout, experience, {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
+
+
+def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:
+    """Health of a rollout over all ranks: sums and counts first, one division at the end."""
+    done, parsed = experience.completions, experience.parsed
+    groups = rearrange(rollout.rewards, "(p g) -> p g", g=rollout.group_size)
+    per_row = {
+        **{f"reward/{name}": value for name, value in experience.rewards.components.items()},
+        "reward/total": rollout.rewards,
+        "rollout/final_error": experience.trajectories.states[:, -1].norm(dim=1),
+        "rollout/frac_valid": parsed.is_valid,
+        "rollout/frac_truncated": ~done.ended,
+        "rollout/completion_length": done.mask.sum(dim=1),
+        "rollout/abs_advantage": rollout.advantages.abs(),
+    }
+    per_group = {
+        "rollout/frac_zero_std_groups": constant_groups(rollout.rewards, rollout.group_size),
+        "rollout/group_reward_std": groups.std(dim=1),
+    }
+    per_token = {"rollout/support_mass": done.kept_mass, "rollout/frac_capped_support": done.is_capped}
+    sums = [value.cpu().double().sum() for value in (*per_row.values(), *per_group.values())]
+    sums += [value[done.mask].cpu().double().sum() for value in per_token.values()]
+    counts = torch.tensor([len(rollout.rewards), len(groups), int(done.mask.sum())], dtype=torch.float64)
+    added = sum_over_ranks(torch.cat([torch.stack(sums), counts])).tolist()
+    rows, num_groups, tokens = added[-3:]
+    divisors = [rows] * len(per_row) + [num_groups] * len(per_group) + [tokens] * len(per_token)
+    names = [*per_row, *per_group, *per_token]
+    metrics = {name: value / divisor for name, value, divisor in zip(names, added, divisors, strict=False)}
+    return metrics | {"rollout/num_tokens": tokens}
+
+
+def sample_records(prompts: Prompts, experience: Experience, rollout: Rollout, num_prompts: int = 2) -> list[SampleRecord]:
+    """The first prompts with all their completions, components and advantages: what samples.jsonl holds."""
+    records = []
+    for p in range(min(num_prompts, len(prompts.texts))):
+        rows = range(p * rollout.group_size, (p + 1) * rollout.group_size)
+        completions = [
+            {
+                "text": experience.texts[n],
+                "is_valid": bool(experience.parsed.is_valid[n]),
+                "reward": float(rollout.rewards[n]),
+                "components": {name: float(v[n]) for name, v in experience.rewards.components.items()},
+                "advantage": float(rollout.advantages[n]),
+            }
+            for n in rows
+        ]
+        records.append({"prompt": prompts.texts[p], "completions": completions})
+    return records

@@ -2,9 +2,9 @@
 
 A worked batch (tests/test_sampling.py holds it): P = 1, G = 3, C = 3, EOS = 1, pad = 0
     row 0   tokens [5 7 1]   mask [1 1 1]   ended True
-    row 1   tokens [9 1 0]   mask [1 1 0]   ended True     pad after EOS is outside the mask, EOS itself is inside
+    row 1   tokens [9 1 0]   mask [1 1 0]   ended True     EOS is inside the mask, pad is not
     row 2   tokens [5 7 7]   mask [1 1 1]   ended False    cut off
-    support[1, 0] = [5 9 -1]: token 9 was drawn from two, so its log-prob is log softmax over those two
+    support[1, 0] = [5 9 -1]: token 9 was drawn from two, its log-prob is log softmax over those two
 Masks come from positions, never from token values, so pad may be EOS.
 """
 
@@ -53,6 +53,10 @@ class StopRule:
     pad_id: int
     max_length: int
 
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+
 
 @torch.no_grad()
 def sample_completions(
@@ -65,10 +69,11 @@ def sample_completions(
     uniforms: Tensor | None,
     rows_per_batch: int = 512,
 ) -> Completions:
-    """Draw `group_size` completions of at most `stop.max_length` tokens for each left-padded prompt [P, L].
+    """Draw `group_size` completions of at most `stop.max_length` tokens for each prompt [P, L].
 
-    `uniforms` [N, C] in [0, 1) decide every draw (None: greedy), so equal uniforms give equal tokens however
-    the rows are batched. Whole groups are decoded, `rows_per_batch` rows at a time, which bounds the cache.
+    Prompts are left-padded. `uniforms` [N, C] in [0, 1) decide every draw (None: greedy), so equal
+    uniforms give equal tokens however the rows are batched. Whole groups are decoded,
+    `rows_per_batch` rows at a time, which bounds the cache.
     """
     num_rows, length = len(prompt_tokens) * group_size, stop.max_length
     if uniforms is not None:
@@ -76,21 +81,28 @@ def sample_completions(
     per_batch = max(1, rows_per_batch // group_size)
     batches = []
     for start in range(0, len(prompt_tokens), per_batch):
-        prompts = slice(start, start + per_batch)
-        drawn = None if uniforms is None else uniforms[start * group_size : (start + per_batch) * group_size]
-        batches.append(_decode(model, prompt_tokens[prompts], prompt_mask[prompts], group_size, acting, stop, drawn))
+        end = start + per_batch
+        tokens, mask = prompt_tokens[start:end], prompt_mask[start:end]
+        drawn = None if uniforms is None else uniforms[start * group_size : end * group_size]
+        batches.append(_decode(model, tokens, mask, group_size, acting, stop, drawn))
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
     longest = int(mask.sum(dim=1).max())
     if acting.top_p == 1.0:
         stored = None
     else:
-        # On padding the support is the pad token alone: a log-prob of exactly 0, whoever computes it.
+        # On padding the support is the pad token alone: a log-prob of 0, whoever computes it.
         support[:, :, 0] = torch.where(mask, support[:, :, 0], tokens.int())
         stored = support[:, :longest, : int((support >= 0).sum(dim=-1).max())].contiguous()
     cut = slice(0, longest)
     return Completions(
-        tokens[:, cut], mask[:, cut], stored, logprobs[:, cut], ended, kept_mass[:, cut], is_capped[:, cut]
+        tokens[:, cut],
+        mask[:, cut],
+        stored,
+        logprobs[:, cut],
+        ended,
+        kept_mass[:, cut],
+        is_capped[:, cut],
     )
 
 
@@ -103,19 +115,21 @@ def _decode(
     stop: StopRule,
     uniforms: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """One batch of rows in lock-step, until all have ended; columns never reached keep their filler."""
+    """One batch of rows in lock-step until all have ended; columns never reached keep filler."""
     (num_prompts, prompt_length), device = prompt_tokens.shape, prompt_tokens.device
     num_rows, length = num_prompts * group_size, stop.max_length
     tokens = torch.full((num_rows, length), stop.pad_id, device=device)  # [N, C]
     alive = torch.zeros(num_rows, length + 1, dtype=torch.bool, device=device)
-    logprobs, kept_mass = torch.zeros(num_rows, length, device=device), torch.ones(num_rows, length, device=device)
+    logprobs = torch.zeros(num_rows, length, device=device)
+    kept_mass = torch.ones(num_rows, length, device=device)
     is_capped = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
     width = 1 if acting.top_p == 1.0 else min(acting.support_size, model.config.vocab_size)
     support = torch.full((num_rows, length, width), -1, dtype=torch.int32, device=device)
-    eos = torch.tensor(stop.eos_ids, device=device)
+    eos = torch.tensor(stop.eos_ids, dtype=torch.int64, device=device)
 
     padded = not bool(prompt_mask.all())
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    is_mixed = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if is_mixed else model.embed.weight.dtype
     once = KVCache(model.config, num_prompts, prompt_length, device, dtype)
     logits = model(prompt_tokens, prompt_mask if padded else None, once, last_logits)  # [P, V]
     cache = KVCache(model.config, num_rows, prompt_length + length, device, dtype)

@@ -1,31 +1,40 @@
-"""Supervised fine-tuning: masked next-token cross-entropy, summed here and divided by a global count.
+"""Supervised fine-tuning: masked next-token cross-entropy, divided by a global count.
 
-    loss = - sum_it m_it log softmax(z_it)[target_it] / N        N = labelled tokens of the whole optimizer step
+    loss = - sum_it m_it log softmax(z_it)[target_it] / N    N = labelled tokens of a whole step
 
-With ordinal smoothing a number's target is a Gaussian over the neighbouring numbers instead of one token: 1.20 for 1.21 is a
-small mistake, "stop" for 1.21 a large one, and plain cross-entropy cannot tell them apart.
+With ordinal smoothing a number's target is a Gaussian over the neighbouring numbers instead of one
+token: 1.20 for 1.21 is a small mistake, "stop" for 1.21 a large one, and plain cross-entropy cannot
+tell them apart.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch
+from minigrpo.distributed import gradient_norm, reduce_gradients, scale_gradient, sum_over_ranks
+from minigrpo.policy import tempered
 from minigrpo.transformer import Transformer
 
 
 def smoothing_matrix(values: Tensor, width: float) -> Tensor:
-    """Target distribution of each token, [V, V]: row i is proportional to exp(-(v_i - v_j)^2 / (2 width^2)) over number tokens.
+    """Target distribution of each token, [V, V], each row sums to 1.
 
-    `values` [V] holds the number each token stands for, NaN for the others, which keep all mass on themselves. Width 0 is
-    the identity.
+    S_ij = exp(-(v_i - v_j)^2 / (2 width^2)) / sum_j ...   over number tokens
+    `values` [V] holds the number each token stands for, NaN for the others, which keep all mass on
+    themselves. Width 0 is the identity.
     """
     identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
     if width == 0:
         return identity
-    distance = values.unsqueeze(1) - values.unsqueeze(0)  # [V, V], NaN where either is no number
+    # [V, V], NaN where either is no number
+    distance = rearrange(values, "v -> v 1") - rearrange(values, "w -> 1 w")
     weights = torch.exp(-0.5 * (distance / width).square())
     is_pair = ~distance.isnan()
     weights = torch.where(is_pair, weights, identity)
@@ -33,19 +42,54 @@ def smoothing_matrix(values: Tensor, width: float) -> Tensor:
 
 
 def sft_loss(model: Transformer, batch: SFTBatch, smoothing: Tensor | None) -> Tensor:
-    """Sum over the labelled tokens of - target . log softmax(z), a scalar in nats; the caller divides by the global count.
+    """Sum over the labelled tokens of - target . log softmax(z), in nats; the caller divides it.
 
     Labels are positions, not token values: everything after the prompt up to and including EOS.
     """
-    predicts = batch.completion_mask[:, 1:]  # [B, K - 1] position k predicts token k + 1
+    predicts = batch.completion_mask[:, 1:]  # [B, K - 1], position k predicts token k + 1
 
     def output(hidden: Tensor, head_weight: Tensor) -> Tensor:
-        logits = F.linear(hidden[predicts], head_weight).float()  # [labelled, V]
+        logits = tempered(F.linear(hidden[predicts], head_weight), 1.0)  # [labelled, V]
         targets = batch.tokens[:, 1:][predicts]
         if smoothing is None:
             return F.cross_entropy(logits, targets, reduction="sum")
-        return -(smoothing[targets] * F.log_softmax(logits, dim=-1)).sum()
+        # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.
+        expected = (hidden[predicts] * (smoothing @ head_weight)[targets]).sum()
+        return torch.logsumexp(logits, dim=-1).sum() - expected
 
-    mask = batch.mask[:, :-1]
-    total: Tensor = model(batch.tokens[:, :-1], None if bool(mask.all()) else mask, None, output)
+    # Right padding needs no mask: no real token comes after it.
+    total: Tensor = model(batch.tokens[:, :-1], None, None, output)
     return total
+
+
+def supervised_step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: SFTBatch,
+    smoothing: Tensor | None,
+    config: SFTConfig,
+    learning_rate: float,
+) -> dict[str, float]:
+    """One optimizer step on this rank's rows; the denominator counts all rows and ranks first.
+
+    A gradient that is not finite is not applied; update/grad_norm then says so.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    device = batch.tokens.device
+    num_labelled = sum_over_ranks(batch.completion_mask.sum().double())
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    rows = torch.arange(len(batch.tokens), device=device)
+    for chosen in torch.split(rows, config.micro_batch_size):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = sft_loss(model, batch.rows(chosen), smoothing)
+        torch.autograd.backward(loss / num_labelled)
+        total += loss.detach()
+    reduce_gradients(model)
+    norm = gradient_norm(model)
+    if math.isfinite(norm):
+        scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
+        optimizer.step()
+    mean = float(sum_over_ranks(total) / num_labelled)
+    return {"loss/total": mean, "update/grad_norm": norm, "update/learning_rate": learning_rate}

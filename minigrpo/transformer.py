@@ -4,13 +4,13 @@
     h = h + attention(rms_norm(h));  h = h + swiglu(rms_norm(h))      for every block
     output(rms_norm(h), head_weight)                                  logits are the caller's
 
-RMSNorm (1910.07467), rotary positions (2104.09864, the half-rotation layout of transformers), grouped
-queries (2305.13245), SwiGLU (2002.05202); optional bias on q, k and v (Qwen2), RMSNorm on q and k (Qwen3),
-tied head. Files are Hugging Face folders in both directions.
+RMSNorm (1910.07467), rotary positions (2104.09864, the half-rotation layout of transformers),
+grouped queries (2305.13245), SwiGLU (2002.05202); optional bias on q, k and v (Qwen2), RMSNorm on
+q and k (Qwen3), tied head. Files are Hugging Face folders in both directions.
 
-B rows, Q new tokens, K cached and new tokens, H heads, J key-value heads, D head size, E width, V vocabulary.
-Deviation from transformers: q, k, v and gate, up are one matrix each (one product instead of three and
-two); the files keep the usual names.
+B rows, Q new tokens, K cached and new tokens, H heads, J key-value heads, D head size, E width,
+V vocabulary. Deviation from transformers: q, k, v and gate, up are one matrix each (one product
+instead of three and two); the files keep the usual names.
 """
 
 from __future__ import annotations
@@ -18,32 +18,58 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 R = TypeVar("R")
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# Keys of a config.json that say nothing about the forward computed here, or only how transformers runs it.
-INERT_KEYS = frozenset(
-    "architectures bos_token_id eos_token_id pad_token_id torch_dtype dtype transformers_version use_cache "
-    "initializer_range max_position_embeddings max_window_layers output_attentions output_hidden_states "
-    "return_dict chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder _name_or_path "
-    "pretraining_tp is_llama_config rope_interleaved transformers.js_config attention_dropout".split()
-)
+V = TypeVar("V")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Keys of a config.json that say nothing about the forward, or only how transformers runs it.
+INERT_KEYS = {
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
+    "transformers_version", "use_cache", "initializer_range", "max_position_embeddings",
+    "max_window_layers", "output_attentions", "output_hidden_states", "return_dict",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder",
+    "_name_or_path", "pretraining_tp", "is_llama_config", "transformers.js_config",
+    "attention_dropout",
+}  # fmt: skip
+# Keys that would change the forward, and the one value of each that does not.
+FIXED_KEYS: dict[str, object] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "rope_interleaved": False,
+}
+
+
+@dataclass(frozen=True)
+class RopeStretch:
+    """Llama 3.1's slower rotary frequencies, rope_type llama3 of transformers, in its names."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: float
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of the model, in our names; `from_json` and `to_json` translate a Hugging Face config.json."""
+    """Shape of the model in our names; from_json and to_json translate a Hugging Face config."""
 
     model_type: str
     vocab_size: int
@@ -54,71 +80,83 @@ class TransformerConfig:
     num_kv_heads: int
     head_size: int
     rope_theta: float = 10_000.0
+    rope_stretch: RopeStretch | None = None
     norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    qk_norm: bool = False
     tied_head: bool = True
 
     def __post_init__(self) -> None:
-        if self.model_type not in ARCHITECTURES:
-            supported = ", ".join(sorted(ARCHITECTURES))
-            raise ValueError(f"model_type must be one of {supported} (SmolLM2 is llama), got {self.model_type!r}")
-        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "head_size"):
+        _check_model_type(self.model_type)
+        sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got {self.num_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
+                f"got {self.num_heads}"
+            )
+        if self.model_type == "llama" and self.width % self.num_heads:  # or transformers refuses it
+            raise ValueError(
+                f"width must be a multiple of num_heads={self.num_heads}, got {self.width}"
+            )
         if self.head_size % 2:
             raise ValueError(f"head_size must be even for rotary positions, got {self.head_size}")
 
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == "qwen3"
+
     @classmethod
     def from_json(cls, values: dict[str, object]) -> TransformerConfig:
-        """Every key is used, known to be inert, or an error: a silently dropped option is another model."""
+        """Every key is used, known to be inert, or an error: a dropped option is another model."""
         left = {key: value for key, value in values.items() if key not in INERT_KEYS}
-        model_type = str(left.pop("model_type", "missing"))
-        if model_type not in ARCHITECTURES:
-            supported = ", ".join(sorted(ARCHITECTURES))
-            raise ValueError(f"model_type must be one of {supported} (SmolLM2 is llama), got {model_type!r}")
-        missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - set(left)
+        model_type = _check_model_type(str(left.pop("model_type", "missing")))
+        needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+        missing = set(needed.split()) - set(left)
         if missing:
             raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
-        heads, width = _integer(left.pop("num_attention_heads")), _integer(left.pop("hidden_size"))
-        rope = left.pop("rope_parameters", None) or left.pop("rope_scaling", None) or {}
-        assert isinstance(rope, dict)
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"rope_type must be default, got {rope}")
-        bias = left.pop("attention_bias", False)
-        if bias and model_type == "llama":
-            raise ValueError("attention_bias must be false for llama, got true")
-        theta = left.pop("rope_theta", None) or rope.get("rope_theta", 10_000.0)
+        width = _typed(int, left.pop("hidden_size"))
+        heads = _typed(int, left.pop("num_attention_heads"))
+        head_size = left.pop("head_dim", 128 if model_type == "qwen3" else None)  # transformers'
+        theta, stretch = _pop_rope(left)
         config = cls(
             model_type=model_type,
-            vocab_size=_integer(left.pop("vocab_size")),
+            vocab_size=_typed(int, left.pop("vocab_size")),
             width=width,
-            mlp_width=_integer(left.pop("intermediate_size")),
-            num_layers=_integer(left.pop("num_hidden_layers")),
+            mlp_width=_typed(int, left.pop("intermediate_size")),
+            num_layers=_typed(int, left.pop("num_hidden_layers")),
             num_heads=heads,
-            num_kv_heads=_integer(left.pop("num_key_value_heads", None) or heads),
-            head_size=_integer(left.pop("head_dim", None) or width // heads),
-            rope_theta=float(str(theta)),
-            norm_eps=float(str(left.pop("rms_norm_eps", 1e-6))),
-            qkv_bias=model_type == "qwen2",
-            qk_norm=model_type == "qwen3",
-            tied_head=bool(left.pop("tie_word_embeddings", False)),
+            num_kv_heads=_typed(int, left.pop("num_key_value_heads", None) or heads),
+            head_size=_typed(int, head_size or width // max(1, heads)),
+            rope_theta=theta,
+            rope_stretch=stretch,
+            norm_eps=_typed(float, left.pop("rms_norm_eps", 1e-6)),
+            tied_head=_typed(bool, left.pop("tie_word_embeddings", False)),
         )
-        expected = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}
+        fixed = FIXED_KEYS | {"layer_types": ["full_attention"] * config.num_layers}
+        left.pop("sliding_window", None)  # read only if use_sliding_window, an error below
+        if config.qkv_bias:
+            left.pop("attention_bias", None)  # transformers' Qwen2 has the bias whatever it says
         for key, value in left.items():
-            if key == "sliding_window" and not values.get("use_sliding_window", False):
-                continue
-            if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
-                continue
-            if key not in expected or value != expected[key]:
-                raise ValueError(f"config.json key {key} = {value!r} is not supported by the {model_type} forward")
+            if key not in fixed or value != fixed[key]:
+                raise ValueError(
+                    f"config.json key {key} = {value!r} is unsupported for {model_type}"
+                )
         return config
 
     def to_json(self) -> dict[str, object]:
         """The config.json that transformers reads back as the same model."""
-        values: dict[str, object] = {
+        rope: dict[str, object] = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        if self.rope_stretch is not None:
+            rope |= {"rope_type": "llama3"} | asdict(self.rope_stretch)
+        return {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
@@ -128,32 +166,69 @@ class TransformerConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_size,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rope_parameters": rope,
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied_head,
             "hidden_act": "silu",
             "max_position_embeddings": 32_768,
             "dtype": "float32",
+            "bos_token_id": None,  # transformers' defaults for llama, 1 and 2, would be wrong here
+            "eos_token_id": None,  # generation_config.json has it
         }
-        return values
 
 
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"config.json: expected a whole number, got {value!r}")
+def _check_model_type(name: str) -> str:
+    if name not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise ValueError(f"model_type must be one of {supported} (SmolLM2 is llama), got {name!r}")
+    return name
+
+
+def _pop_rope(left: dict[str, object]) -> tuple[float, RopeStretch | None]:
+    """Base and stretch of the rotary frequencies, as transformers 5 or 4 writes them."""
+    outer, new = left.pop("rope_theta", 10_000.0), left.pop("rope_parameters", None)
+    rope = _typed(dict, left.pop("rope_scaling", None) or new or {})
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": outer} | rope
+    rope.pop("type", None)
+    kind, theta = rope.pop("rope_type"), _typed(float, rope.pop("rope_theta"))
+    names = [item.name for item in fields(RopeStretch)]
+    if kind == "default" and not rope:
+        return theta, None
+    if kind == "llama3" and set(rope) == set(names):
+        return theta, RopeStretch(*(_typed(float, rope[name]) for name in names))
+    raise ValueError(
+        f"rope_type must be default, or llama3 with {', '.join(names)}; got {kind} with {rope}"
+    )
+
+
+def _typed(kind: type[V], value: object) -> V:
+    """The value if it has this type in JSON; a whole number is also a float."""
+    value = float(value) if kind is float and type(value) is int else value
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"config.json: expected {kind.__name__}, got {value!r}")
     return value
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated; the one object written in place, by its sampler."""
+    """Keys and values of the tokens so far, preallocated; the one object written in place."""
 
-    def __init__(self, config: TransformerConfig, num_rows: int, max_length: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_rows: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         shape = (config.num_layers, 2, num_rows, config.num_kv_heads, max_length, config.head_size)
         self.blocks = torch.empty(shape, device=device, dtype=dtype)  # [layers, 2, B, J, K, D]
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, J, Q, D] each -> all keys and values so far, [B, J, K, D] views; the model moves `length` at its end."""
+        """[B, J, Q, D] each -> all keys and values so far, [B, J, K, D] views.
+
+        The model moves `length` when all layers have appended.
+        """
         end = self.length + keys.shape[2]
         block = self.blocks[layer]
         block[0, :, :, self.length : end] = keys
@@ -161,10 +236,12 @@ class KVCache:
         return block[0, :, :, :end], block[1, :, :, :end]
 
     def fill_from(self, prompts: KVCache, group_size: int) -> None:
-        """Take over a prompt's keys and values for each member of its group: prefilled once, not G times."""
+        """Copy a prompt's keys and values to each member of its group: one prefill, not G."""
         self.length = prompts.length
         seen = prompts.blocks[:, :, :, :, : prompts.length]
-        self.blocks[:, :, :, :, : self.length] = repeat(seen, "l two p j k d -> l two (p g) j k d", g=group_size)
+        self.blocks[:, :, :, :, : self.length] = repeat(
+            seen, "l two p j k d -> l two (p g) j k d", g=group_size
+        )
 
 
 class RMSNorm(nn.Module):
@@ -192,32 +269,47 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Rotation, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        bias: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = rearrange(self.qkv(x), "b q (h d) -> b h q d", h=heads)  # [B, H + 2J, Q, D]
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k))
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        return self.out(rearrange(attend(q, k.to(q.dtype), v.to(q.dtype), allowed), "b h q d -> b q (h d)"))
+        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), bias)
+        out: Tensor = self.out(rearrange(mixed, "b h q d -> b q (h d)"))
+        return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over the allowed keys; q [B, H, Q, D], k and v [B, J, K, D] -> [B, H, Q, D].
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(D) + bias) v.
 
-    Query head h reads key-value head h // (H / J). `allowed` is boolean, [B or 1, 1, Q, K]; None allows all.
-    On a CPU two plain products beat scaled_dot_product_attention at these lengths (README, Speed). On
-    both paths the heads of a group are folded into the query length, so keys are never repeated.
+    q [B, H, Q, D], k and v [B, J, K, D] -> [B, H, Q, D]; query head h reads key-value head
+    h // (H / J). `bias` is 0 or -inf, [B or 1, 1, Q, K]; None allows all. On a CPU two plain
+    products beat scaled_dot_product_attention in training by a factor of 7 (README, Speed);
+    there the heads of a group are folded into the query length, so keys are never repeated.
     """
-    if q.is_cuda and q.shape[2] > 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
     group = q.shape[1] // k.shape[1]
-    folded = rearrange(q, "b (j g) q d -> b j (g q) d", g=group) if group > 1 else q
-    scores = (folded / math.sqrt(q.shape[3])) @ k.transpose(2, 3)  # [B, J, G * Q, K]
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed.repeat(1, 1, group, 1), -torch.inf)
-    mixed = F.softmax(scores, dim=-1) @ v
-    return rearrange(mixed, "b j (g q) d -> b (j g) q d", g=group) if group > 1 else mixed
+    if q.is_cuda or q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=group > 1)
+    scaled = rearrange(q * q.shape[3] ** -0.5, "b (j g) q d -> (b j) (g q) d", g=group)
+    keys, values = rearrange(k, "b j k d -> (b j) d k"), rearrange(v, "b j k d -> (b j) k d")
+    if bias is None:
+        scores = scaled @ keys  # [B * J, G * Q, K]
+    else:
+        heads = k.shape[1] if bias.shape[0] > 1 else 1
+        scores = torch.baddbmm(
+            repeat(bias, "b 1 q k -> (b j) (g q) k", j=heads, g=group), scaled, keys
+        )
+    mixed = F.softmax(scores, dim=-1) @ values
+    return rearrange(mixed, "(b j) (g q) d -> b (j g) q d", j=k.shape[1], g=group)
 
 
 class SwiGLU(nn.Module):
@@ -230,7 +322,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
 
 
 class Block(nn.Module):
@@ -241,25 +334,49 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(self, h: Tensor, rotation: Rotation, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), rotation, allowed, cache, layer)
-        return h + self.mlp(self.mlp_norm(h))
+    def forward(
+        self,
+        h: Tensor,
+        rotation: Rotation,
+        bias: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        h = h + self.attention(self.attention_norm(h), rotation, bias, cache, layer)
+        h = h + self.mlp(self.mlp_norm(h))
+        return h
 
 
 class Rotation:
     """Rotary position embedding: the pair (x_i, x_{i + D/2}) turns by position * theta^(-2i/D)."""
 
-    def __init__(self, positions: Tensor, head_size: int, theta: float, dtype: torch.dtype):
-        exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-        angles = positions.float().unsqueeze(-1) * theta**-exponents  # [B or 1, Q, D/2]
-        angles = rearrange(torch.cat([angles, angles], dim=-1), "b q d -> b 1 q d")
-        # The sign of the half rotation is folded into sin: one roll instead of a split, a negation and a join.
-        signs = torch.ones(head_size, device=positions.device)
-        signs[: head_size // 2] = -1
-        self.cos, self.sin = angles.cos().to(dtype), (angles.sin() * signs).to(dtype)
+    def __init__(self, positions: Tensor, config: TransformerConfig, dtype: torch.dtype):
+        speed = rotary_frequencies(config, positions.device)  # [D/2] rad per token
+        angles = rearrange(positions.float(), "b q -> b 1 q 1") * torch.cat([speed, speed])
+        # The sign of the half rotation is folded into sin: one roll, no split, negation and join.
+        signs = torch.ones(config.head_size, device=positions.device)
+        signs[: config.head_size // 2] = -1
+        self.cos = angles.cos().to(dtype)  # [B or 1, 1, Q, D]
+        self.sin = (angles.sin() * signs).to(dtype)
 
     def apply(self, x: Tensor) -> Tensor:
         return x * self.cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * self.sin
+
+
+def rotary_frequencies(config: TransformerConfig, device: torch.device) -> Tensor:
+    """theta^(-2i/D), [D/2]; Llama 3.1 divides those of few turns in the old context by `factor`.
+
+    turns = frequency * old context / 2 pi,  blend = clamp((turns - low) / (high - low), 0, 1)
+    """
+    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-exponents / config.head_size)
+    stretch = config.rope_stretch
+    if stretch is None:
+        return frequencies
+    turns = frequencies * stretch.original_max_position_embeddings / (2 * math.pi)
+    low, high = stretch.low_freq_factor, stretch.high_freq_factor
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / stretch.factor)
 
 
 class Transformer(nn.Module):
@@ -272,28 +389,36 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = (
+            None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        )
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None, output: Callable[[Tensor, Tensor], R]
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        output: Callable[[Tensor, Tensor], R],
     ) -> R:
         """output(hidden [B, Q, E], head_weight [V, E]) of the new tokens [B, Q].
 
-        `mask` [B, K] is True on real tokens, cached ones included; None says that there is no padding. Positions
-        count real tokens. `output` runs inside so that the head can go over chunks of positions, and
-        sharded parameters are gathered when it does.
+        `mask` [B, K] is True on real tokens, cached ones included; None says that there is no
+        padding. Positions count real tokens. `output` runs inside so that the head can go over
+        chunks of positions, and sharded parameters are gathered when it does.
         """
         hidden, seen = self.embed(tokens), cache.length if cache else 0
-        positions, allowed = _positions_and_allowed(tokens, mask, seen)
-        rotation = Rotation(positions, self.config.head_size, self.config.rope_theta, hidden.dtype)
+        positions, bias = _positions_and_bias(tokens, mask, seen, hidden.dtype)
+        rotation = Rotation(positions, self.config, hidden.dtype)
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
-                hidden = checkpoint(block, hidden, rotation, allowed, None, layer, use_reentrant=False)
+                hidden = checkpoint(block, hidden, rotation, bias, None, layer, use_reentrant=False)
             else:
-                hidden = block(hidden, rotation, allowed, cache, layer)
+                hidden = block(hidden, rotation, bias, cache, layer)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return output(self.norm(hidden), self.embed.weight if self.head is None else self.head.weight)
+        return output(
+            self.norm(hidden), self.embed.weight if self.head is None else self.head.weight
+        )
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -309,84 +434,168 @@ def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     return F.linear(hidden[:, -1], head_weight)
 
 
-def _positions_and_allowed(tokens: Tensor, mask: Tensor | None, seen: int) -> tuple[Tensor, Tensor | None]:
+def _positions_and_bias(
+    tokens: Tensor, mask: Tensor | None, seen: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     num_new = tokens.shape[1]
     steps = torch.arange(seen + num_new, device=tokens.device)
-    causal = rearrange(steps, "k -> 1 1 1 k") <= rearrange(steps[seen:], "q -> 1 1 q 1")  # [1, 1, Q, K]
+    keys, queries = rearrange(steps, "k -> 1 1 1 k"), rearrange(steps[seen:], "q -> 1 1 q 1")
+    allowed = keys <= queries  # [1, 1, Q, K]
     if mask is None:
-        return rearrange(steps[seen:], "q -> 1 q"), causal if num_new > 1 else None
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-    # A padded query has no key of its own to look at; it may look at itself, so that no row of a softmax is empty.
-    own = rearrange(steps, "k -> 1 1 1 k") == rearrange(steps[seen:], "q -> 1 1 q 1")
-    return positions, (causal & rearrange(mask, "b k -> b 1 1 k")) | own
+        positions = rearrange(steps[seen:], "q -> 1 q")
+        if num_new == 1:
+            return positions, None
+    else:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
+        # A padded query has nothing to look at but itself; that way no row of a softmax is empty.
+        allowed = (allowed & rearrange(mask, "b k -> b 1 1 k")) | (keys == queries)
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device)
+    return positions, bias.masked_fill(~allowed, -torch.inf)
 
 
-def initialise(model: Transformer, generator: torch.Generator) -> None:
-    """Normal weights of variance 1 / fan_in; what writes into the residual stream shrinks with the depth (GPT-2)."""
+def initialise(
+    model: Transformer, generator: torch.Generator, features: Tensor | None = None
+) -> None:
+    """Normal weights of variance 1 / fan_in; those into the residual stream shrink with depth.
+
+    The last rule is GPT-2's. Biases are 0 and norms 1: no generator but this one has a say.
+    `features` [V, E] are added to the embedding and, scaled by 1 / sqrt(E), to an untied head: a
+    start in which related tokens have related rows.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            depth = math.sqrt(2 * model.config.num_layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+            depth = (
+                math.sqrt(2 * model.config.num_layers)
+                if name.endswith(("out.weight", "down.weight"))
+                else 1.0
+            )
             std = 0.02 if name.startswith(("embed", "head")) else parameter.shape[1] ** -0.5 / depth
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        if features is not None:
+            model.embed.weight += features
+            if model.head is not None:
+                model.head.weight += features * model.config.width**-0.5
 
 
-def save_transformer(model: Transformer, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write config.json and model.safetensors; `state` replaces the model's own (gathered) parameters."""
+def save_transformer(
+    model: Transformer, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write config.json and model.safetensors; `state` replaces the model's own parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
-    tensors = dict(to_hugging_face(state or model.state_dict(), model.config))
+    tensors = dict(to_hugging_face(model.state_dict() if state is None else state, model.config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def find_pretrained(name: str) -> Path:
+    """The folder of a pretrained model: a local one, or the hub's, from its cache or by download.
+
+    Only configuration, tokenizer and safetensors are fetched, never code or pickles. ValueError
+    says what is missing.
+    """
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {name!r} is no folder with a config.json, and the hub did not give it "
+            f"({reason}); download config.json, tokenizer files and *.safetensors into a folder "
+            f"and pass that folder as --model"
+        ) from error
 
 
 def load_transformer(folder: Path) -> Transformer:
     """Read a Hugging Face folder: config.json and safetensors (one file or an index), as float32.
 
-    ValueError: not such a folder, another architecture, missing, surplus or misshapen weights, pickled weights only.
+    ValueError: not such a folder, another architecture, missing, surplus or misshapen weights,
+    pickled weights only. Nothing in the folder is executed.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
     try:
-        config = TransformerConfig.from_json(json.loads(path.read_text()))
-    except (ValueError, AssertionError) as error:
+        config = TransformerConfig.from_json(_typed(dict, json.loads(path.read_text())))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    model = Transformer(config)
-    state = from_hugging_face(_read_safetensors(folder), config)
-    expected = model.state_dict()
-    for name in sorted(set(expected) | set(state)):
-        if name not in state:
+    tensors = _own_tensors(_read_safetensors(folder), config, folder)
+    with torch.device("meta"):  # no time spent on initial values that are replaced right away
+        model = Transformer(config)
+    expected = {name: value.shape for name, value in to_hugging_face(model.state_dict(), config)}
+    for name in sorted(set(expected) | set(tensors)):
+        if name not in tensors:
             raise ValueError(f"{folder}: the weights lack {name}")
         if name not in expected:
-            raise ValueError(f"{folder}: the weights have {name}, which this {config.model_type} model has not")
-        if state[name].shape != expected[name].shape:
-            wanted, got = tuple(expected[name].shape), tuple(state[name].shape)
-            raise ValueError(f"{folder}: {name} must have shape {wanted}, got {got}")
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+            raise ValueError(
+                f"{folder}: the weights have {name}, no part of this {config.model_type}"
+            )
+        if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
+            wanted, got = tuple(expected[name]), tuple(tensors[name].shape)
+            raise ValueError(
+                f"{folder}: {name} must be floating point of shape {wanted}, "
+                f"got {tensors[name].dtype} of shape {got}"
+            )
+    model.to_empty(device="cpu").load_state_dict(from_hugging_face(tensors, config))  # casts
     return model
+
+
+def _own_tensors(
+    tensors: dict[str, Tensor], config: TransformerConfig, folder: Path
+) -> dict[str, Tensor]:
+    """Without what files may hold beside the parameters: rotary tables, a copy of a tied head."""
+    own = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    head = own.pop("lm_head.weight", None) if config.tied_head else None
+    if head is not None and not torch.equal(head, own.get("model.embed_tokens.weight", head)):
+        raise ValueError(
+            f"{folder}: lm_head.weight differs from the embedding it should be tied to"
+        )
+    return own
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any("/" in name or "\\" in name for name in names):
-            raise ValueError(f"{index}: weight files must lie in the folder itself, got {names}")
-    elif (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():  # before the index, as in transformers
         names = ["model.safetensors"]
+    elif index.is_file():
+        names = _shard_names(index)
     else:
-        raise ValueError(f"{folder} must hold model.safetensors (pickled .bin weights are refused), found none")
+        raise ValueError(
+            f"{folder} must hold model.safetensors (pickled .bin weights are refused), found none"
+        )
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
             tensors.update(load_file(folder / name))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} is not a readable safetensors file: {error}") from error
+            raise ValueError(
+                f"{folder / name} is not a readable safetensors file: {error}"
+            ) from error
     return tensors
 
 
-PLAIN_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+def _shard_names(index: Path) -> list[str]:
+    try:
+        values = json.loads(index.read_text())["weight_map"].values()
+        names = sorted({_typed(str, value) for value in values})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{index} must map weights to files under weight_map: {error!r}"
+        ) from error
+    if any(Path(name).name != name or "\\" in name for name in names):
+        raise ValueError(f"{index}: weight files must lie in the folder itself, got {names}")
+    return names
+
+
+PLAIN_NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
 BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.out.weight": "self_attn.o_proj.weight",
@@ -408,7 +617,9 @@ def _fused_parts(name: str, config: TransformerConfig) -> tuple[list[str], list[
     return None
 
 
-def to_hugging_face(state: dict[str, Tensor], config: TransformerConfig) -> Iterator[tuple[str, Tensor]]:
+def to_hugging_face(
+    state: dict[str, Tensor], config: TransformerConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under transformers' names, fused ones split."""
     for name, value in state.items():
         if name in PLAIN_NAMES:
@@ -417,24 +628,23 @@ def to_hugging_face(state: dict[str, Tensor], config: TransformerConfig) -> Iter
         _, layer, rest = name.split(".", 2)
         parts = _fused_parts(rest, config)
         names, sizes = ([BLOCK_NAMES[rest]], [value.shape[0]]) if parts is None else parts
-        for part, piece in zip(names, value.split(sizes), strict=True):
+        for part, piece in zip(names, torch.split(value, sizes), strict=True):
             yield f"model.layers.{layer}.{part}", piece.clone().contiguous()
 
 
 def from_hugging_face(tensors: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """The inverse: transformers' names to ours, q, k, v and gate, up joined."""
-    left = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
-    if config.tied_head:
-        left.pop("lm_head.weight", None)
-    state = {ours: left.pop(theirs) for ours, theirs in PLAIN_NAMES.items() if theirs in left}
+    state = {ours: tensors[theirs] for ours, theirs in PLAIN_NAMES.items() if theirs in tensors}
     kinds = [*BLOCK_NAMES, "attention.qkv.weight", "attention.qkv.bias", "mlp.gate_up.weight"]
     for layer in range(config.num_layers):
         for rest in kinds:
             parts = _fused_parts(rest, config)
-            names = [f"model.layers.{layer}.{part}" for part in (parts[0] if parts else [BLOCK_NAMES[rest]])]
-            if all(name in left for name in names):
-                state[f"blocks.{layer}.{rest}"] = torch.cat([left.pop(name) for name in names])
-    return state | left  # what is left has a foreign name, and the caller says so
+            names = [
+                f"model.layers.{layer}.{n}" for n in (parts[0] if parts else [BLOCK_NAMES[rest]])
+            ]
+            if names[0] in tensors:
+                state[f"blocks.{layer}.{rest}"] = torch.cat([tensors[name] for name in names])
+    return state
 
 
 def shape_record(config: TransformerConfig) -> dict[str, object]:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from minigrpo.config import GRPOConfig
 from minigrpo.data import keyed_generator
-from minigrpo.distributed import gather_rows, gradient_norm, reduce_gradients, sum_over_ranks
+from minigrpo.distributed import (
+    gather_rows,
+    gradient_norm,
+    max_over_ranks,
+    reduce_gradients,
+    scale_gradient,
+    sum_over_ranks,
+)
 from minigrpo.grpo import LossMetrics, grpo_loss, loss_denominator, loss_report, merge_metrics
 from minigrpo.policy import completion_scores
 from minigrpo.rollout import Rollout
@@ -41,14 +48,13 @@ def update_policy(
     config: GRPOConfig,
     step: int,
     learning_rate: float,
-    num_prompts: int,
     max_length: int,
 ) -> PolicyUpdate:
-    """num_epochs x num_minibatches optimizer steps on one rollout; `num_prompts` counts those of all ranks."""
+    """num_epochs x num_minibatches optimizer steps on one rollout; the learning rate is that of all of them."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     parts, norms, entropies, skipped = [], [], [], 0
-    for rows in minibatches(rollout, config, step, num_prompts):
+    for rows in minibatches(rollout, config, step):
         optimizer.zero_grad(set_to_none=True)
         metrics, entropy = accumulate_gradient(model, rollout, rows, config, max_length)
         reduce_gradients(model)
@@ -75,15 +81,15 @@ def update_policy(
     return PolicyUpdate(report, skipped)
 
 
-def minibatches(rollout: Rollout, config: GRPOConfig, step: int, num_prompts: int) -> Iterator[Tensor]:
+def minibatches(rollout: Rollout, config: GRPOConfig, step: int) -> Iterator[Tensor]:
     """This rank's rows of each optimizer step: whole groups, dealt by a prompt's place among those of all ranks.
 
     The first epoch keeps the order of the rollout (that of its scoring pass); later epochs shuffle the prompts.
     """
     for epoch in range(config.num_epochs):
-        order = np.arange(num_prompts)
+        order = np.arange(config.prompts_per_step)
         if epoch:
-            order = keyed_generator(config.seed, "shuffle", step, epoch).permutation(num_prompts)
+            order = keyed_generator(config.seed, "shuffle", step, epoch).permutation(config.prompts_per_step)
         for chosen in np.array_split(order, config.num_minibatches):
             mine = torch.isin(rollout.prompt_places, torch.from_numpy(chosen))  # [P]
             yield repeat(mine, "p -> (p g)", g=rollout.group_size).nonzero().flatten()
@@ -92,14 +98,22 @@ def minibatches(rollout: Rollout, config: GRPOConfig, step: int, num_prompts: in
 def accumulate_gradient(
     model: Transformer, rollout: Rollout, rows: Tensor, config: GRPOConfig, max_length: int
 ) -> tuple[LossMetrics, Tensor]:
-    """Backward over the micro-batches of one optimizer step; returns this rank's sums, the entropy's last."""
+    """Backward over the micro-batches of one optimizer step -> this rank's sums, and that of the entropy.
+
+    All ranks run the same number of micro-batches, since sharded parameters are gathered in each; one who has no rows
+    left repeats its first row with an empty mask, which weighs nothing.
+    """
     device = rollout.completion_tokens.device
     rows = rows.to(device)
-    mask = rollout.completion_mask[rows]
-    denominator = sum_over_ranks(loss_denominator(mask, config.aggregation, max_length))
-    parts, entropy = [], torch.zeros((), dtype=torch.float64, device=device)
-    for chosen in rows.split(config.micro_batch_size) or (rows,):
-        mask = rollout.completion_mask[chosen]
+    denominator = sum_over_ranks(loss_denominator(rollout.completion_mask[rows], config.aggregation, max_length))
+    num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
+    entropy = torch.zeros((), dtype=torch.float64, device=device)
+    parts, nobody = [], torch.zeros(1, dtype=torch.int64, device=device)
+    for i in range(num_micro):
+        chosen = rows[i * config.micro_batch_size : (i + 1) * config.micro_batch_size]
+        is_real = len(chosen) > 0
+        chosen = chosen if is_real else nobody
+        mask = rollout.completion_mask[chosen] & is_real
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             scores = completion_scores(
                 model,
@@ -127,13 +141,22 @@ def accumulate_gradient(
     return merge_metrics(parts), entropy
 
 
-def scale_gradient(model: Transformer, factor: float) -> None:
-    """Multiply every gradient by the factor, in place."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
-
-
 def _over_ranks(metrics: LossMetrics) -> LossMetrics:
     per_rank = gather_rows([metrics.vector().cpu()])
     return merge_metrics([LossMetrics(*rows[0]) for rows in per_rank])
+
+
+def warnings_of(metrics: dict[str, float], step: int) -> list[str]:
+    """What a user should hear of when nothing can be learned."""
+    found = []
+    if metrics["rollout/frac_zero_std_groups"] == 1:
+        found.append("every group has equal rewards: no gradient. Raise temperature or group_size")
+    if metrics["rollout/frac_truncated"] > 0.05:
+        found.append(
+            f"{metrics['rollout/frac_truncated']:.0%} of the completions never stopped: train SFT longer"
+        )
+    if metrics["rollout/frac_valid"] < 0.5:
+        found.append(f"only {metrics['rollout/frac_valid']:.0%} of the completions are valid: train SFT longer")
+    if metrics["update/grad_norm"] == 0:
+        found.append("the gradient is exactly 0: the parameters do not change")
+    return [f"WARNING step {step + 1}: {line}" for line in found]

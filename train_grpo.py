@@ -1,0 +1,156 @@
+"""GRPO from an SFT checkpoint: python train_grpo.py --init ckpt/sft [--help].
+
+    1  draw P starts and write their prompts               data.training_starts, data.make_prompts
+    2  sample G completions of each                        sampling.sample_completions
+    3  read the controls, simulate, score                  rollout.act
+    4  compare each reward with its group's                grpo.group_advantages
+    5  log-probs of what was sampled: now, then, reference policy.completion_scores
+    6  clipped objective and KL, summed over a minibatch   grpo.grpo_loss
+    7  one AdamW step for each minibatch                   update.update_policy
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minigrpo.checkpoint import (
+    Manifest,
+    latest_checkpoint,
+    load_model,
+    load_trainer,
+    prune_checkpoints,
+    publish_model,
+    published,
+    save_batch,
+    save_checkpoint,
+    saved_config,
+)
+from minigrpo.config import GRPOConfig, parse_flags, resolve
+from minigrpo.data import make_prompts, split_starts, training_starts
+from minigrpo.distributed import any_rank, process_group, rank, world_size
+from minigrpo.double_integrator import Trajectories
+from minigrpo.evaluation import validation_metrics
+from minigrpo.optim import adamw, cosine_learning_rate
+from minigrpo.prompts import ParsedControls
+from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
+from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
+from minigrpo.runs import StopSignal, open_run, run_command
+from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
+
+
+def batch_arithmetic(config: GRPOConfig) -> str:
+    """How prompts become optimizer steps, in one line; and why the loss looks like nothing."""
+    rows = config.prompts_per_step * config.group_size
+    updates = config.num_epochs * config.num_minibatches
+    line = (
+        f"{config.prompts_per_step} prompts x {config.group_size} = {rows} completions a step -> "
+        f"{updates} optimizer step(s) of {rows // config.num_minibatches}"
+    )
+    if updates == 1:
+        return f"{line}: the ratio is 1 and the loss near 0 by construction, watch grad_norm"
+    return f"{line}: the ratio is 1 in the first of them, and the loss stays near 0, watch grad_norm"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the flags say; see --help."""
+    given = parse_flags(GRPOConfig, arguments)
+    saved = saved_config(Path(str(given.get("save_dir", GRPOConfig.save_dir)))) if given.get("resume") else None
+    model, task, origin = load_model(Path(str(given.get("init", (saved or {}).get("init", GRPOConfig.init)))))
+    resolved = resolve(GRPOConfig, given, origin.preset, saved)
+    config = resolved.config
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    folder = Path(config.save_dir)
+    with (
+        process_group(config.device) as device,
+        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
+        StopSignal(folder, config.stop_after_minutes) as stop,
+    ):
+        if config.prompts_per_step < config.num_minibatches * world_size():
+            needed = f"num_minibatches x ranks = {config.num_minibatches * world_size()}"
+            raise ValueError(f"prompts_per_step must be at least {needed}, got {config.prompts_per_step}")
+        manifest = Manifest(
+            "grpo", origin.preset, task.plant, task.cost, task.codec, vars(config).copy(), resolved.sources
+        )
+        reference = load_model(Path(config.init))[0].to(device).eval() if config.kl_beta > 0 else None
+        model.to(device)
+        optimizer = adamw(model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay)
+        start = latest_checkpoint(folder) if config.resume else None
+        done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
+        run.record_attempt(vars(config), device)
+        split = split_starts(task.plant)
+        validation = split.validation[: config.eval_cases]
+        weights = RewardWeights(
+            baseline=config.reward_baseline,
+            progress=config.reward_progress,
+            proximity=config.reward_proximity,
+            terminal=config.reward_terminal,
+            efficiency=config.reward_efficiency,
+            smoothness=config.reward_smoothness,
+            lqr=config.reward_lqr,
+            constraints=config.reward_constraints,
+            constraints_cap=config.reward_constraints_cap,
+            validity=config.reward_validity,
+        )
+        if rank() == 0:
+            print(resolved.table())
+            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            print(batch_arithmetic(config))
+
+        def reward(parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
+            return compute_rewards(config.reward, parsed, trajectories, task.plant, task.cost, weights)
+
+        def evaluate(step: int) -> dict[str, float]:
+            metrics = validation_metrics(model, validation, task, config.seed)
+            best = published(folder)
+            if best is None or metrics["eval/greedy_reward"] > best[1]:
+                publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
+            return metrics
+
+        run.start(done if start else -1, config.steps)
+        if not start:
+            run.log(0, evaluate(0))
+        stopped, num_skipped = False, 0
+        for step in range(done, config.steps):
+            began = time.perf_counter()
+            rate = cosine_learning_rate(step, config.steps, config.learning_rate, config.warmup_steps)
+            starts, indices = training_starts(split.training, config.seed, step, config.prompts_per_step)
+            places = torch.arange(rank(), config.prompts_per_step, world_size())
+            prompts = make_prompts(starts[places], indices[places], task)
+            rollout, experience, seconds = make_rollout(model, reference, prompts, places, config, task, reward)
+            updating = time.perf_counter()
+            update = update_policy(model, optimizer, rollout, config, step, rate, task.max_completion_length)
+            metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
+            metrics["time/update_s"] = time.perf_counter() - updating
+            metrics["time/step_s"] = time.perf_counter() - began
+            run.log_text(breakdown_line(experience.rewards, 0), *warnings_of(metrics, step))
+            for record in sample_records(prompts, experience, rollout):
+                run.log_sample(step + 1, record)
+            num_skipped = num_skipped + update.num_skipped if update.num_skipped else 0
+            if update.num_skipped:
+                save_batch(folder, step + 1, rollout)
+            last = step + 1 == config.steps
+            stopped = any_rank(stop.requested())
+            if last or (step + 1) % config.eval_every == 0:
+                metrics |= evaluate(step + 1)
+            run.log(step + 1, metrics)
+            if num_skipped >= MAX_SKIPPED_IN_A_ROW:
+                raise FloatingPointError(
+                    f"{num_skipped} optimizer steps in a row had a gradient that is not finite; their batches are in "
+                    f"{folder / 'skipped'}; lower learning_rate, then --resume"
+                )
+            if last or stopped or (step + 1) % config.save_every == 0:
+                save_checkpoint(folder, step + 1, model, optimizer, task, manifest, {"step": step + 1})
+                prune_checkpoints(folder, config.keep_last)
+            if stopped:
+                break
+        run.finish("stopped" if stopped and step + 1 < config.steps else "finished")
+        if rank() == 0 and (best := published(folder)):
+            print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)

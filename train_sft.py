@@ -1,0 +1,163 @@
+"""Supervised fine-tuning on LQR demonstrations: python train_sft.py [--help].
+
+A fixed, seeded set of demonstrations. The checkpoint with the best greedy reward on validation starts is published in
+save_dir, so that GRPO has to beat supervised training at its best.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minigrpo.checkpoint import (
+    Manifest,
+    latest_checkpoint,
+    load_trainer,
+    make_task,
+    prune_checkpoints,
+    publish_model,
+    published,
+    save_checkpoint,
+    saved_config,
+)
+from minigrpo.config import SFTConfig, parse_flags, resolve
+from minigrpo.data import SFTBatch, Task, demonstrations, keyed_generator, split_starts
+from minigrpo.distributed import any_rank, process_group, rank, world_size
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.evaluation import validation_metrics
+from minigrpo.lqr import QuadraticCost
+from minigrpo.optim import adamw, cosine_learning_rate
+from minigrpo.prompts import Codec
+from minigrpo.runs import StopSignal, open_run, run_command
+from minigrpo.sft import smoothing_matrix, supervised_step
+from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
+from minigrpo.transformer import (
+    Transformer,
+    TransformerConfig,
+    find_pretrained,
+    initialise,
+    load_transformer,
+)
+
+
+def build(config: SFTConfig) -> tuple[Transformer, Task]:
+    """The model to train and its task: a small one from scratch, or a pretrained one with its tokenizer."""
+    plant, cost = DoubleIntegrator(dt=config.dt, horizon=config.horizon), QuadraticCost()
+    if config.preset == "pretrained":
+        folder = find_pretrained(config.model)
+        model, tokenizer = load_transformer(folder), load_tokenizer(folder)
+        return model, make_task(plant, cost, Codec(style="words", decimals=3), tokenizer)
+    codec = Codec(style="numbers", decimals=2)
+    tokenizer = number_tokenizer(plant, codec)
+    shape = TransformerConfig(
+        model_type="llama",
+        vocab_size=len(tokenizer),
+        width=config.width,
+        mlp_width=config.mlp_width,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_heads,
+        head_size=config.width // config.num_heads,
+        rope_theta=config.rope_theta,
+        tied_head=config.tied_head,
+    )
+    model = Transformer(shape)
+    features = number_features(token_values(tokenizer, len(tokenizer)), config.width)
+    initialise(model, torch.Generator().manual_seed(config.seed), features)
+    return model, make_task(plant, cost, codec, tokenizer)
+
+
+def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:
+    """This rank's rows of one step's batch: every epoch is its own permutation, cut into batches."""
+    batches = max(1, num_rows // config.batch_size)
+    epoch, place = divmod(step, batches)
+    order = keyed_generator(config.seed, "batches", epoch).permutation(num_rows)
+    chosen = order[place * config.batch_size : (place + 1) * config.batch_size]
+    return data.rows(torch.from_numpy(chosen[rank() :: world_size()]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the flags say; see --help."""
+    given = parse_flags(SFTConfig, arguments)
+    preset = str(given.get("preset", "pretrained" if given.get("model") else "tiny"))
+    saved = saved_config(Path(str(given.get("save_dir", SFTConfig.save_dir)))) if given.get("resume") else None
+    resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)
+    config = resolved.config
+    if config.preset == "pretrained" and not config.model:
+        raise ValueError("model must name a folder or hub model with preset pretrained, got nothing")
+    if config.width % config.num_heads:
+        raise ValueError(f"width must be a multiple of num_heads={config.num_heads}, got {config.width}")
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    folder = Path(config.save_dir)
+    with (
+        process_group(config.device) as device,
+        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
+        StopSignal(folder, config.stop_after_minutes) as stop,
+    ):
+        model, task = build(config)
+        manifest = Manifest(
+            "sft", config.preset, task.plant, task.cost, task.codec, vars(config).copy(), resolved.sources
+        )
+        model.to(device)
+        optimizer = adamw(model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay)
+        start = latest_checkpoint(folder) if config.resume else None
+        done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
+        run.record_attempt(vars(config), device)
+        split = split_starts(task.plant)
+        order = keyed_generator(config.seed, "demonstrations").permutation(len(split.training))
+        data = demonstrations(split.training[torch.from_numpy(order[: config.num_demonstrations])], task)
+        validation = split.validation[: config.eval_cases]
+        smoothing: Tensor | None = None
+        if config.smoothing_width > 0 and task.codec.style == "numbers":
+            values = token_values(task.tokenizer, model.config.vocab_size)
+            smoothing = smoothing_matrix(values, config.smoothing_width).float().to(device)
+        if rank() == 0:
+            print(resolved.table())
+            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            epochs = config.steps * config.batch_size / config.num_demonstrations
+            print(
+                f"{config.num_demonstrations} demonstrations, {config.steps} steps of "
+                f"{config.batch_size} = {epochs:.0f} epochs"
+            )
+
+        def evaluate(step: int) -> dict[str, float]:
+            metrics = validation_metrics(model, validation, task, config.seed)
+            best = published(folder)
+            if best is None or metrics["eval/greedy_reward"] > best[1]:
+                publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
+            return metrics
+
+        run.start(done if start else -1, config.steps)
+        if not start:
+            run.log(0, evaluate(0))
+        stopped = False
+        for step in range(done, config.steps):
+            began = time.perf_counter()
+            rate = cosine_learning_rate(step, config.steps, config.learning_rate, config.warmup_steps)
+            batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
+            metrics = supervised_step(model, optimizer, batch, smoothing, config, rate)
+            metrics["time/step_s"] = time.perf_counter() - began
+            if not math.isfinite(metrics["update/grad_norm"]):
+                raise FloatingPointError(f"the gradient of step {step + 1} is not finite; lower learning_rate")
+            last = step + 1 == config.steps
+            stopped = any_rank(stop.requested())
+            if last or (step + 1) % config.eval_every == 0:
+                metrics |= evaluate(step + 1)
+            run.log(step + 1, metrics)
+            if last or stopped or (step + 1) % config.save_every == 0:
+                save_checkpoint(folder, step + 1, model, optimizer, task, manifest, {"step": step + 1})
+                prune_checkpoints(folder, config.keep_last)
+            if stopped:
+                break
+        run.finish("stopped" if stopped and step + 1 < config.steps else "finished")
+        if rank() == 0 and (best := published(folder)):
+            print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)
