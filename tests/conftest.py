@@ -1,0 +1,10 @@
+"""The suite runs offline, on one thread, and as if outside of a batch job."""
+
+import os
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in [name for name in os.environ if name.startswith(("SLURM_", "RUN_DIR", "STOP_FILE"))]:
+    del os.environ[name]
+torch.set_num_threads(1)
