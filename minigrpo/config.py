@@ -115,12 +115,12 @@ class SFTConfig(RunSettings):
     num_demonstrations: int = flag(
         1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
-    steps: int = flag(1200, "optimizer steps", at_least=1)
-    batch_size: int = flag(128, "demonstrations per optimizer step", at_least=1)
+    steps: int = flag(600, "optimizer steps", at_least=1)
+    batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
         128, "rows per forward pass; cannot change the gradient", at_least=1
     )
-    learning_rate: float = flag(2e-3, "peak of the cosine schedule", above=0)
+    learning_rate: float = flag(4e-3, "peak of the cosine schedule", above=0)
     warmup_steps: int = flag(20, "steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.1, "AdamW decay of the matrices", at_least=0)
     adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
@@ -128,15 +128,15 @@ class SFTConfig(RunSettings):
         1.0, "gradient norm above which the gradient is scaled down", above=0
     )
     smoothing_width: float = flag(
-        0.02, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
+        0.01, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
     )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
     width: int = flag(64, "tiny model: residual width", at_least=8)
-    mlp_width: int = flag(256, "tiny model: width of the gated layer", at_least=8)
+    mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)
-    num_heads: int = flag(4, "tiny model: attention heads", at_least=1)
-    rope_theta: float = flag(10_000.0, "tiny model: base of the rotary frequencies", above=1)
+    num_heads: int = flag(2, "tiny model: attention heads", at_least=1)
+    rope_theta: float = flag(1000.0, "tiny model: base of the rotary frequencies", above=1)
     tied_head: bool = flag(False, "tiny model: the head shares the embedding")
 
 
@@ -231,7 +231,13 @@ class EvalConfig(Settings):
 # Defaults that go with a kind of model; chosen on validation starts (README, Results).
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {},
-    ("tiny", GRPOConfig): {},
+    ("tiny", GRPOConfig): {
+        "prompts_per_step": 64,
+        "num_minibatches": 8,
+        "micro_batch_size": 128,
+        "support_size": 32,
+        "learning_rate": 5e-4,
+    },
     ("pretrained", SFTConfig): {
         "learning_rate": 2e-5,
         "steps": 300,

@@ -9,6 +9,7 @@ finished: it tells a batch script what an exit status can't, as torchrun's is 1 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -390,11 +391,23 @@ class StopSignal:
         return "deadline" if time.monotonic() >= self._deadline else ""
 
 
+def keep_freed_memory() -> None:
+    """Have glibc reuse the memory of freed tensors instead of returning it to the kernel page by page.
+
+    A training step on a CPU frees and asks for the same megabytes hundreds of times; without this a
+    scored micro-batch of the tiny model takes 1.3 times as long, RMSNorm alone 3 times. Elsewhere: nothing.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            libc.mallopt(option, 2**30)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 
     `python -X dev` shows the traceback of a mistake too.
     """
+    keep_freed_memory()
     try:
         main()
     except (ValueError, OSError) as error:

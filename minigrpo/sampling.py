@@ -125,7 +125,7 @@ def _decode(
     is_capped = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
     width = 1 if acting.top_p == 1.0 else min(acting.support_size, model.config.vocab_size)
     support = torch.full((num_rows, length, width), -1, dtype=torch.int32, device=device)
-    eos = torch.tensor(stop.eos_ids, dtype=torch.int64, device=device)
+    eos = torch.tensor(stop.eos_ids, device=device)
 
     padded = not bool(prompt_mask.all())
     is_mixed = torch.is_autocast_enabled(device.type)
