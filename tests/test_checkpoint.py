@@ -464,7 +464,7 @@ def test_the_longest_completion_holds_every_plan() -> None:
     plans = lqr_controls(plant.start_grid()[::1000], plant, COST, decimals=3)
     worst = torch.full((50,), -2.999)
     lengths = [len(encode_completion(bytewise, plan, codec)) for plan in [*plans, worst]]
-    # a tenth more than the longest: other tokenizers merge the digits of some numbers and not of others
+    # a tenth more than the longest: other tokenizers merge the digits of some numbers only
     assert 1.09 * max(lengths) < task.max_completion_length < 1.11 * max(lengths)
 
 

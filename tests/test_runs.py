@@ -1,0 +1,523 @@
+"""The run folder: one owner, nothing of others deleted, no step twice, every line valid JSON."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minigrpo import runs
+from minigrpo.runs import (
+    HOST,
+    RunFolder,
+    StopSignal,
+    console_line,
+    on_rank_zero,
+    open_run,
+    run_command,
+    to_json,
+    write_text,
+)
+
+CPU = torch.device("cpu")
+
+
+def finished_run(folder: Path, num_steps: int = 2) -> Path:
+    with open_run(folder, overwrite=False, resume=False) as run:
+        run.record_attempt({"seed": 3}, CPU)
+        run.start(-1, num_steps)
+        for step in range(num_steps + 1):
+            run.log(step, {"loss/total": step / 4})
+            run.log_sample(step, {"text": "1.00"})
+        run.finish("finished")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def write_lock(folder: Path, pid: int, host: str = HOST, job: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "LOCK").write_text(json.dumps({"job": job, "pid": pid, "host": host}))
+
+
+def test_a_run_leaves_its_record(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "runs" / "new")
+    assert (folder / "STATUS").read_text() == "finished\n"
+    assert not (folder / "LOCK").exists()
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 0, "loss/total": 0.0},
+        {"step": 1, "loss/total": 0.25},
+        {"step": 2, "loss/total": 0.5},
+    ]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["config"] == {"seed": 3}
+    assert provenance["argv"] == sys.argv
+    assert provenance["world_size"] == 1
+    assert provenance["device"] == "cpu"
+    assert provenance["packages"]["torch"] == torch.__version__
+    (attempt,) = (folder / "attempts").glob("*/attempt.json")
+    assert json.loads(attempt.read_text()) == {**provenance, "environment": {}}
+
+
+def test_the_status_is_running_until_the_run_says_otherwise(tmp_path: Path) -> None:
+    with open_run(tmp_path, overwrite=False, resume=False) as run:
+        assert (tmp_path / "STATUS").read_text() == "running\n"
+        run.finish("stopped")
+    assert (tmp_path / "STATUS").read_text() == "stopped\n"
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, overwrite=False, resume=False):
+        _ = 1 / 0
+    assert (tmp_path / "STATUS").read_text() == "running\n"
+    assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_commit_is_recorded_with_whether_it_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: dict[str, str | None] = {"rev-parse": "abc", "status": " M a.py"}
+    monkeypatch.setattr(runs, "_git", lambda command, *rest: answers[command])
+    assert (runs._provenance(CPU)["commit"], runs._provenance(CPU)["dirty"]) == ("abc", True)
+    answers["status"] = ""
+    assert runs._provenance(CPU)["dirty"] is False
+    answers["status"] = answers["rev-parse"] = None
+    assert (runs._provenance(CPU)["commit"], runs._provenance(CPU)["dirty"]) == (None, None)
+
+
+def test_git_that_is_missing_or_has_nothing_to_say_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs._git("rev-parse", "HEAD") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runs._git("rev-parse", "HEAD") is None
+
+
+def test_a_folder_with_a_run_needs_a_decision(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    before = contents(folder)
+    with pytest.raises(ValueError) as caught:
+        open_run(folder, overwrite=False, resume=False)
+    expected = f"{folder} holds a run: --resume goes on with it, --overwrite deletes it"
+    assert str(caught.value) == expected
+    with pytest.raises(ValueError, match="must not both be given"):
+        open_run(folder, overwrite=True, resume=True)
+    assert contents(folder) == before
+    with open_run(folder, overwrite=False, resume=True):
+        assert contents(folder).keys() == before.keys() | {"LOCK"}
+
+
+def test_overwrite_deletes_all_of_a_run(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    for name in ("checkpoints/step-000001/model.safetensors", "plots/a.png", "model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "STOP.17.0").write_text("")
+    (folder / "provenance.json.tmp").write_text("")
+    with open_run(folder, overwrite=True, resume=False):
+        assert contents(folder).keys() == {"LOCK", "STATUS"}
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "thesis/chapter.tex", "plots"])
+def test_overwrite_deletes_nothing_where_there_is_a_file_of_others(
+    tmp_path: Path, stranger: str
+) -> None:
+    folder = finished_run(tmp_path / "run")
+    (folder / stranger).parent.mkdir(exist_ok=True)
+    (folder / stranger).write_text("mine")  # plots is a folder of ours, as a file it is not
+    before = contents(folder)
+    name = stranger.partition("/")[0]
+    with pytest.raises(ValueError, match=f"holds {name}, which no run wrote; nothing was deleted"):
+        open_run(folder, overwrite=True, resume=False)
+    assert contents(folder) == before
+
+
+def test_overwrite_does_not_follow_links(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("mine")
+    (folder / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with open_run(folder, overwrite=True, resume=False):
+        assert not (folder / "checkpoints").exists()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("overwrite", "resume"), [(False, False), (True, False), (False, True)])
+def test_a_folder_that_no_run_made_is_left_alone(
+    tmp_path: Path, overwrite: bool, resume: bool
+) -> None:
+    for name in ("config.json", "model.safetensors"):  # a downloaded model: names that we use too
+        (tmp_path / name).write_text("theirs")
+    with pytest.raises(ValueError, match=r"holds files but no run"):
+        open_run(tmp_path, overwrite, resume)
+    assert contents(tmp_path) == {"config.json": b"theirs", "model.safetensors": b"theirs"}
+
+
+@pytest.mark.parametrize(("overwrite", "resume"), [(False, False), (True, False), (False, True)])
+def test_an_empty_folder_is_a_new_run_whatever_is_given(
+    tmp_path: Path, overwrite: bool, resume: bool
+) -> None:
+    (tmp_path / "STOP.17.0").write_text("")  # what a batch script may have put there
+    with open_run(tmp_path, overwrite, resume) as run:
+        assert run.folder == tmp_path
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
+    write_lock(tmp_path, os.getppid())
+    with pytest.raises(ValueError) as caught:
+        open_run(tmp_path, overwrite=False, resume=True)
+    owner = f"process {os.getppid()} on {HOST}, job none"
+    lock = tmp_path / "LOCK"
+    assert str(caught.value) == f"{tmp_path} is in use by {owner}; delete {lock} if not"
+    assert lock.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "job", "alive", "is_taken"),
+    [
+        (HOST, "", False, True),  # crashed here
+        (HOST, "17", False, True),  # another job, crashed here
+        (HOST, "18", True, False),  # our job, and at work
+        ("elsewhere", "", False, False),  # nobody here can tell
+        ("elsewhere", "17", False, False),  # another job
+        ("elsewhere", "18", False, True),  # our job before it was requeued
+    ],
+)
+def test_the_lock_of_a_dead_owner_or_of_this_job_is_taken_over(
+    tmp_path: Path,
+    host: str,
+    job: str,
+    alive: bool,
+    is_taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    write_lock(tmp_path, os.getppid() if alive else dead_process(), host, job)
+    if not is_taken:
+        with pytest.raises(
+            ValueError, match=f"in use by process .* on {host}, job {job or 'none'}"
+        ):
+            open_run(tmp_path, overwrite=False, resume=True)
+        return
+    with open_run(tmp_path, overwrite=False, resume=True):
+        owner = json.loads((tmp_path / "LOCK").read_text())
+        assert owner == {"job": "18", "pid": os.getpid(), "host": HOST}
+
+
+def test_without_a_job_an_empty_job_id_is_no_common_job(tmp_path: Path) -> None:
+    write_lock(tmp_path, 1, "elsewhere")
+    with pytest.raises(ValueError, match="in use"):
+        open_run(tmp_path, overwrite=False, resume=True)
+
+
+def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "LOCK").write_text("")
+    with pytest.raises(ValueError, match="names no owner"):
+        open_run(tmp_path, overwrite=False, resume=True)
+
+
+def test_two_open_the_same_new_folder_and_one_wins(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from minigrpo.runs import open_run\n"
+        "with open_run(sys.argv[1], False, True): print('in', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match=f"in use by process {first.pid}"):
+            open_run(tmp_path, overwrite=False, resume=True)
+        first.kill()
+    with open_run(tmp_path, overwrite=False, resume=True):  # its lock outlived it
+        pass
+
+
+numbers = st.floats() | st.integers() | st.booleans() | st.none() | st.text()
+nested = st.recursive(numbers, lambda x: st.lists(x) | st.dictionaries(st.text(), x))
+
+
+@given(nested)
+def test_every_line_is_json_that_a_strict_reader_takes(value: runs.Json) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    def expected(item: runs.Json) -> runs.Json:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {key: expected(inner) for key, inner in item.items()}
+        return [expected(inner) for inner in item] if isinstance(item, list) else item
+
+    line = to_json(value)
+    assert "\n" not in line
+    assert json.loads(line, parse_constant=refuse) == expected(value)
+
+
+def test_resuming_at_a_step_leaves_each_step_once(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run", num_steps=5)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss/to')  # cut off by a kill
+    with open_run(folder, overwrite=False, resume=True) as run:
+        run.start(3, 5)
+        for step in (4, 5):
+            run.log(step, {"loss/total": -1.0})
+            run.log_sample(step, {"text": "2.00"})
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert steps_of(folder / name) == [0, 1, 2, 3, 4, 5]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss/total"] for line in lines]
+    assert losses == [0.0, 0.25, 0.5, 0.75, -1.0, -1.0]
+
+
+def test_resuming_without_a_checkpoint_starts_the_logs_anew(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    with open_run(folder, overwrite=False, resume=True) as run:
+        run.start(-1, 2)
+        assert (folder / "metrics.jsonl").read_text() == ""
+
+
+def test_a_broken_line_inside_a_log_is_an_error_that_names_it(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    write_text(folder / "metrics.jsonl", '{"step": 0}\n{"stage": 1}\n')
+    with open_run(folder, overwrite=False, resume=True) as run:
+        with pytest.raises(
+            ValueError, match=r"metrics.jsonl: line 2 must be an object with a step"
+        ):
+            run.start(1, 2)
+
+
+def test_each_attempt_has_a_record_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {
+        "SLURM_JOB_ID": "18", "SLURM_RESTART_COUNT": "2", "SLURM_NNODES": "4", "NCCL_DEBUG": "WARN",
+        "SLURM_JWT": "secret", "HF_TOKEN": "secret",
+    }  # fmt: skip
+    for attempt in range(2):
+        with open_run(tmp_path, overwrite=False, resume=True) as run:
+            run.record_attempt({"steps": attempt}, CPU)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+    with open_run(tmp_path, overwrite=False, resume=True) as run:
+        run.record_attempt({"steps": 2}, CPU)
+    assert json.loads((tmp_path / "provenance.json").read_text())["config"] == {"steps": 0}
+    first, *of_job = sorted((tmp_path / "attempts").iterdir(), key=lambda path: len(path.name))[
+        ::-1
+    ]
+    assert time.strptime(first.name, "%Y%m%d-%H%M%S")
+    assert [path.name for path in of_job] == ["18.2+", "18.2"]
+    again, requeued = (json.loads((path / "attempt.json").read_text()) for path in of_job)
+    assert (requeued["config"], again["config"]) == ({"steps": 1}, {"steps": 2})
+    shown = {"SLURM_JOB_ID": "18", "SLURM_NNODES": "4", "SLURM_RESTART_COUNT": "2"}
+    assert requeued["environment"] == {**shown, "NCCL_DEBUG": "WARN"}
+    assert not any(b"secret" in text for text in contents(tmp_path).values())
+
+
+def test_a_console_line_shows_the_headline_of_what_the_step_has() -> None:
+    metrics = {"update/grad_norm": 0.5, "reward/total": 101.256, "rollout/frac_valid": 0.987}
+    line = console_line(7, 200, {**metrics, "loss/ratio_max": 1.0})
+    assert line == "step   7/200  reward  101.26  valid  99%  grad_norm  0.500"
+    assert console_line(7, 10, {"loss/total": math.nan}) == "step  7/10  loss     nan"
+
+
+def test_a_step_is_one_line_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 0/2", "step 1/2", "step 2/2"]
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "rank", lambda: 1)
+    finished_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_on_rank_0_fails_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    agreed: list[bool] = []
+
+    def agree(answer: bool) -> Callable[[bool], bool]:
+        def any_rank(flag: bool) -> bool:
+            agreed.append(flag)
+            return answer
+
+        return any_rank
+
+    def fail() -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(runs, "any_rank", agree(True))
+    with pytest.raises(OSError, match="full"):
+        on_rank_zero(fail)
+    monkeypatch.setattr(runs, "rank", lambda: 1)
+    with pytest.raises(OSError, match="rank 0 could not write"):
+        on_rank_zero(fail)
+    monkeypatch.setattr(runs, "any_rank", agree(False))
+    on_rank_zero(fail)
+    assert agreed == [True, False, False]
+
+
+def test_tensorboard_that_is_missing_is_an_error_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--tensorboard needs an extra: pip install"):
+        open_run(tmp_path / "run", overwrite=False, resume=False, tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_run(tmp_path, overwrite=False, resume=False, tensorboard=True) as run:
+        run.start(-1, 2)
+        for step in range(3):
+            run.log(step, {"loss/total": step / 4, "eval/cost_ratio": 1.0})
+    reader = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(reader.Tags()["scalars"]) == {"loss/total", "eval/cost_ratio"}
+    assert [(e.step, e.value) for e in reader.Scalars("loss/total")] == [
+        (0, 0),
+        (1, 0.25),
+        (2, 0.5),
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_for_a_stop_and_the_handlers_go_back(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    with StopSignal(tmp_path, 0) as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested() and stop.reason() == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_signals_that_may_come_twice_do_and_a_second_ctrl_c_aborts(tmp_path: Path) -> None:
+    with StopSignal(tmp_path, 0) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
+def test_a_stop_file_asks_for_a_stop_once(tmp_path: Path) -> None:
+    with StopSignal(tmp_path, 0) as stop:
+        assert not stop.requested()
+        (tmp_path / "STOP").write_text("")
+        assert stop.requested() and stop.reason() == f"stop file {tmp_path / 'STOP'}"
+    assert not StopSignal(tmp_path, 0).requested()  # the next attempt starts
+
+
+def test_the_stop_file_of_a_batch_script_is_obeyed_even_if_it_was_there_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_FILE", str(tmp_path / "STOP.18.0"))
+    (tmp_path / "STOP").write_text("")
+    assert not StopSignal(tmp_path, 0).requested()
+    (tmp_path / "STOP.18.0").write_text("")
+    assert StopSignal(tmp_path, 0).requested()
+
+
+def test_the_stop_file_is_seen_by_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopSignal(tmp_path, 0)
+    (tmp_path / "STOP").write_text("")
+    monkeypatch.setattr(runs, "rank", lambda: 1)
+    assert not stop.requested()
+
+
+def test_the_deadline_is_in_minutes_and_0_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
+    stop, never = StopSignal(tmp_path, 1.5), StopSignal(tmp_path, 0)
+    now += 89.0
+    assert not stop.requested()
+    now += 1.0
+    assert stop.requested() and stop.reason() == "deadline"
+    now += 1e9
+    assert not never.requested()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("two\nlines"), FileNotFoundError(2, "No such file", "x.json")]
+)
+def test_a_users_mistake_is_one_line_and_status_2(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 2
+    shown = {"ValueError": "two lines", "FileNotFoundError": "[Errno 2] No such file: 'x.json'"}
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {shown[type(error).__name__]}\n" and not printed.out
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err.startswith("error on rank 3: ")
+
+
+def test_a_mistake_of_ours_is_a_traceback() -> None:
+    def main() -> None:
+        raise TypeError("ours")
+
+    with pytest.raises(TypeError, match="ours"):
+        run_command(main)
+
+
+def test_dev_mode_shows_where_a_users_mistake_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise ValueError("theirs")
+
+    monkeypatch.setattr(runs.sys, "flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(ValueError, match="theirs"):
+        run_command(main)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, "fsync", lambda descriptor: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_an_open_run_is_closed_once_and_then_free(tmp_path: Path) -> None:
+    run: RunFolder = open_run(tmp_path, overwrite=False, resume=False)
+    assert (tmp_path / "LOCK").exists()
+    run.close()
+    run.close()
+    assert not (tmp_path / "LOCK").exists()
+    shutil.rmtree(tmp_path)
