@@ -182,6 +182,12 @@ class GRPOConfig(RunSettings):
     advantage_std: str = flag(
         "group", "what advantages are divided by", choices=("group", "batch", "none")
     )
+    control_variate: str = flag(
+        "none",
+        "lqr: subtract, for each control, what the plan so far would be worth if LQR took over "
+        "(unbiased; needs one token a control)",
+        choices=("none", "lqr"),
+    )
     reward: str = flag(
         "progress", "punishment is kept for comparison", choices=("progress", "punishment")
     )

@@ -79,18 +79,64 @@ def group_advantages(
     divided at all (`none`: Dr. GRPO, 2503.20783). A group of equal rewards gets exactly 0: the
     rounding of its mean, divided by 1e-4, would be a signal. ValueError if N is no whole groups.
     """
-    constant = rearrange(constant_groups(rewards, group_size), "p -> p 1")
+    centred = _centred(rearrange(rewards.double(), "(p g) -> p g", g=group_size))
+    scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
+    return rearrange(centred * rearrange(scale, "p -> p 1"), "p g -> (p g)")
+
+
+def _advantage_scale(
+    rewards: Tensor, group_size: int, advantage_std: AdvantageStd, batch_rewards: Tensor | None
+) -> Tensor:
+    """What each group's centred rewards are multiplied by: [N] -> [P], 0 for constant groups."""
+    constant = constant_groups(rewards, group_size)
     groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)  # [P, G]
     match advantage_std:
         case "group":
-            scaled = centred / (groups.std(dim=1, keepdim=True) + STD_EPSILON)
+            scale = 1 / (groups.std(dim=1) + STD_EPSILON)
         case "batch":
             everything = rewards if batch_rewards is None else batch_rewards
-            scaled = centred / (everything.double().std() + STD_EPSILON)
+            scale = 1 / (everything.double().std() + STD_EPSILON).expand(len(groups))
         case "none":
-            scaled = centred
-    return rearrange(torch.where(constant, 0.0, scaled), "p g -> (p g)")
+            scale = groups.new_ones(len(groups))
+    return torch.where(constant, 0.0, scale)
+
+
+def _centred(groups: Tensor) -> Tensor:
+    return groups - groups.mean(dim=1, keepdim=True)
+
+
+def variate_products(rewards: Tensor, variates: Tensor, group_size: int) -> Tensor:
+    """Each group's sums of (R - mean)(b_k - mean) and of (b_k - mean)^2: [N], [N, T] -> [2, P, T]."""
+    reward = _centred(rearrange(rewards.double(), "(p g) -> p g 1", g=group_size))
+    variate = _centred(rearrange(variates.double(), "(p g) t -> p g t", g=group_size))
+    return torch.stack([(reward * variate).sum(dim=1), variate.square().sum(dim=1)])
+
+
+def variate_advantages(
+    rewards: Tensor,
+    variates: Tensor,
+    group_size: int,
+    advantage_std: AdvantageStd,
+    total_products: Tensor,
+    batch_rewards: Tensor | None = None,
+) -> Tensor:
+    """`group_advantages` for each of T decisions, with a control variate: [N], [N, T] -> [N, T].
+
+    A_ik = (R_i - mean_g R - c_k (b_ik - mean_g b_k)) / (s + 1e-4)
+    c_k  = sum (R - mean)(b_k - mean) / sum (b_k - mean)^2    over all *other* groups
+    b_ik is a function of the start and of what was decided before k. Its product with the score of
+    decision k has mean 0, so the expected gradient (before the division by s) is the same for any
+    c_k that does not depend on the group itself; the regression makes the variance small.
+    `total_products` [2, T]: `variate_products` summed over all groups and ranks.
+    """
+    own = variate_products(rewards, variates, group_size)
+    others = rearrange(total_products, "two t -> two 1 t") - own  # [2, P, T]
+    slope = rearrange(others[0] / others[1].clamp(min=CONSTANT_SPAN), "p t -> p 1 t")
+    reward = _centred(rearrange(rewards.double(), "(p g) -> p g 1", g=group_size))
+    variate = _centred(rearrange(variates.double(), "(p g) t -> p g t", g=group_size))
+    scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
+    scaled = (reward - slope * variate) * rearrange(scale, "p -> p 1 1")
+    return rearrange(scaled, "p g t -> (p g) t")
 
 
 def constant_groups(rewards: Tensor, group_size: int) -> Tensor:

@@ -1,25 +1,35 @@
-"""The composition prompt -> completion -> controls -> trajectory -> reward -> advantage: one batch of experience.
+"""Prompt -> completion -> controls -> trajectory -> reward -> advantage: one batch of experience.
 
-No row is ever dropped: malformed text flows on as zero controls with reward 0, so a group keeps its size. Groups are index
-ranges (row n = p * G + g), never equal texts, and the start of a prompt is repeated by the same einops pattern as its tokens.
+No row is ever dropped: malformed text flows on as zero controls with reward 0, so a group keeps its
+size. Groups are index ranges (row n = p * G + g), never equal texts, and the start of a prompt is
+repeated by the same einops pattern as its tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import cast
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
-from minigrpo.data import Prompts, Task, token_uniforms
+from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
-from minigrpo.grpo import constant_groups, group_advantages
-from minigrpo.policy import ActingPolicy, TokenScores, completion_scores
+from minigrpo.grpo import (
+    AdvantageStd,
+    constant_groups,
+    group_advantages,
+    variate_advantages,
+    variate_products,
+)
+from minigrpo.lqr import continued_by_lqr
+from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import Rewards
 from minigrpo.sampling import Completions, StopRule, sample_completions
@@ -27,7 +37,8 @@ from minigrpo.shapes import check_shapes
 from minigrpo.tokenizer import decode_completions, pad_id
 from minigrpo.transformer import Transformer
 
-SampleRecord = dict[str, str | list[dict[str, str | bool | float | dict[str, float]]]]
+CompletionRecord = dict[str, str | bool | float | dict[str, float]]
+SampleRecord = dict[str, str | list[CompletionRecord]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Token side of a rollout: all that an update reads. Rows are this rank's share, whole groups."""
+    """Token side of a rollout: all that an update reads. Rows are this rank's, whole groups."""
 
     prompt_tokens: Tensor  # [N, L]
     prompt_mask: Tensor  # [N, L]
@@ -54,8 +65,8 @@ class Rollout:
     old_logprobs: Tensor | None  # [N, C]; None: the rollout feeds exactly one optimizer step
     ref_logprobs: Tensor | None  # [N, C]; None: no KL term
     rewards: Tensor  # [N] float64
-    advantages: Tensor  # [N] float64
-    prompt_places: Tensor  # [N / G] int64, place of each prompt among all ranks' prompts of this step
+    advantages: Tensor  # [N] float64, or [N, C] with a control variate
+    prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
 
     def __post_init__(self) -> None:
@@ -68,7 +79,7 @@ class Rollout:
             completion_mask=(self.completion_mask, "N C"),
             sampling_logprobs=(self.sampling_logprobs, "N C"),
             rewards=(self.rewards, "N"),
-            advantages=(self.advantages, "N"),
+            advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
             **{name: (value, shape) for name, (value, shape) in named.items() if value is not None},
         )
 
@@ -85,13 +96,18 @@ def act(
 ) -> Experience:
     """Sample, parse, simulate and score G completions for each prompt; `uniforms` None is greedy.
 
-    The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees equal rewards.
+    The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees
+    equal rewards.
     """
     device = next(model.parameters()).device
     tokens, mask = prompts.tokens.to(device), prompts.mask.to(device)
     drawn = None if uniforms is None else uniforms.to(device)
-    stop = StopRule((int(task.tokenizer.eos_token_id),), pad_id(task.tokenizer), task.max_completion_length)
-    completions = sample_completions(model, tokens, mask, group_size, acting, stop, drawn, rows_per_batch)
+    stop = StopRule(
+        (int(task.tokenizer.eos_token_id),), pad_id(task.tokenizer), task.max_completion_length
+    )
+    completions = sample_completions(
+        model, tokens, mask, group_size, acting, stop, drawn, rows_per_batch
+    )
     texts = decode_completions(task.tokenizer, completions.tokens, completions.mask)
     parsed = parse_controls(texts, completions.ended.cpu(), task.plant, task.codec)
     starts = repeat(prompts.initial_states, "p two -> (p g) two", g=group_size)  # [N, 2]
@@ -101,16 +117,48 @@ def act(
 
 @torch.no_grad()
 def score_rows(
-    model: Transformer, prompts: tuple[Tensor, Tensor], completions: Completions, temperature: float, micro_batch_size: int
-) -> TokenScores:
-    """Log q of every sampled token by the training forward, in the micro-batches of the first epoch, without gradient."""
-    pieces = []
-    for start in range(0, len(completions.tokens), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        support = None if completions.support is None else completions.support[rows]
-        scores = completion_scores(model, prompts[0][rows], prompts[1][rows], completions.tokens[rows], support, temperature)
-        pieces.append((scores.logprobs, scores.entropy))
-    return TokenScores(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    model: Transformer,
+    prompt_tokens: Tensor,
+    prompt_mask: Tensor,
+    completions: Completions,
+    temperature: float,
+    micro_batches: Iterable[Tensor],
+) -> Tensor:
+    """Log q of every sampled token [N, C] by the training forward, without gradient.
+
+    `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
+    ratio that is not 1 on the first optimizer step.
+    """
+    support = completions.support
+    pieces = [
+        completion_scores(
+            model,
+            prompt_tokens[rows],
+            prompt_mask[rows],
+            completions.tokens[rows],
+            None if support is None else support[rows],
+            temperature,
+        ).logprobs
+        for rows in micro_batches
+        if len(rows)
+    ]
+    return torch.cat(pieces)
+
+
+def minibatches(prompt_places: Tensor, config: GRPOConfig, step: int) -> Iterator[Tensor]:
+    """This rank's rows of each optimizer step: whole groups, dealt by a prompt's place.
+
+    `prompt_places` are those of this rank's prompts among all ranks' prompts of the step. The first
+    epoch keeps the order of the rollout, later ones shuffle the prompts.
+    """
+    for epoch in range(config.num_epochs):
+        order = torch.arange(config.prompts_per_step)
+        if epoch:
+            generator = keyed_generator(config.seed, "shuffle", step, epoch)
+            order = torch.from_numpy(generator.permutation(config.prompts_per_step))
+        for chosen in order.tensor_split(config.num_minibatches):
+            mine = torch.isin(prompt_places, chosen)  # [P]
+            yield repeat(mine, "p -> (p g)", g=config.group_size).nonzero().flatten()
 
 
 def make_rollout(
@@ -125,21 +173,41 @@ def make_rollout(
     """One rollout with the current weights, its text side, and the seconds of each phase."""
     began = time.perf_counter()
     acting = ActingPolicy(config.temperature, config.top_p, config.support_size)
-    uniforms = token_uniforms(config.seed, prompts.indices, config.group_size, task.max_completion_length)
-    experience = act(model, prompts, config.group_size, task, acting, uniforms, reward, config.rows_per_batch)
-    sampled = time.perf_counter()
-    completions, device = experience.completions, experience.completions.tokens.device
-    rows = tuple(repeat(t.to(device), "p l -> (p g) l", g=config.group_size) for t in (prompts.tokens, prompts.mask))
+    uniforms = token_uniforms(
+        config.seed, prompts.indices, config.group_size, task.max_completion_length
+    )
+    device = next(model.parameters()).device
+    tokens, mask = (
+        repeat(t.to(device), "p l -> (p g) l", g=config.group_size)
+        for t in (prompts.tokens, prompts.mask)
+    )
+    first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
+    micro = [part for rows in first_epoch for part in torch.split(rows, config.micro_batch_size)]
     old = ref = None
-    if config.num_epochs * config.num_minibatches > 1:
-        old = score_rows(model, (rows[0], rows[1]), completions, config.temperature, config.micro_batch_size).logprobs
-    if reference is not None:
-        ref = score_rows(reference, (rows[0], rows[1]), completions, config.temperature, config.micro_batch_size).logprobs
+    # Sampler and scorers round as the update does: same autocast, same micro-batches.
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        experience = act(
+            model, prompts, config.group_size, task, acting, uniforms, reward, config.rows_per_batch
+        )
+        sampled, completions = time.perf_counter(), experience.completions
+        if config.num_epochs * config.num_minibatches > 1:
+            old = score_rows(model, tokens, mask, completions, config.temperature, micro)
+        if reference is not None:
+            ref = score_rows(reference, tokens, mask, completions, config.temperature, micro)
     total = experience.rewards.total
     everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])
+    std = cast(AdvantageStd, config.advantage_std)
+    if config.control_variate == "lqr":
+        variates = control_variates(experience, config.group_size, task, reward)
+        products = sum_over_ranks(variate_products(total, variates, config.group_size).sum(dim=1))
+        advantages = variate_advantages(
+            total, variates, config.group_size, std, products, everybodys
+        )  # [N, C]
+    else:
+        advantages = group_advantages(total, config.group_size, std, everybodys)  # [N]
     rollout = Rollout(
-        prompt_tokens=rows[0],
-        prompt_mask=rows[1],
+        prompt_tokens=tokens,
+        prompt_mask=mask,
         completion_tokens=completions.tokens,
         completion_mask=completions.mask,
         support=completions.support,
@@ -147,11 +215,40 @@ def make_rollout(
         old_logprobs=old,
         ref_logprobs=ref,
         rewards=total,
-        advantages=group_advantages(total, config.group_size, config.advantage_std, everybodys),
+        advantages=advantages,
         prompt_places=prompt_places,
         group_size=config.group_size,
     )
-    return rollout, experience, {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
+    seconds = {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
+    return rollout, experience, seconds
+
+
+def control_variates(
+    experience: Experience,
+    group_size: int,
+    task: Task,
+    reward: Callable[[ParsedControls, Trajectories], Rewards],
+) -> Tensor:
+    """What the plan so far would be worth if LQR took over: [N, C], known before token k is drawn.
+
+    Needs one token a control; the token after them is EOS, whose variate is the reward itself. A group with malformed
+    text keeps its plain advantages (all its variates are 0): there the gap to valid text is the lesson.
+    """
+    parsed, flown = experience.parsed, experience.trajectories
+    horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
+    variates = torch.zeros(len(parsed.is_valid), length, dtype=torch.float64)
+    whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
+    rows = repeat(whole, "p -> (p g)", g=group_size).nonzero().flatten()
+    for chosen in rows.split(128):  # T plans of T controls a row: a few rows at a time stay in the cache
+        part = Trajectories(flown.states[chosen], flown.controls[chosen], flown.num_violations[chosen])
+        plans = rearrange(continued_by_lqr(part, task.plant, task.cost), "n k t -> (n k) t")
+        starts = repeat(part.states[:, 0], "n c -> (n k) c", k=horizon)
+        valid = torch.ones(len(plans), dtype=torch.bool)
+        written = ParsedControls(plans, valid, torch.full((len(plans),), horizon))
+        total = reward(written, task.plant.simulate(starts, plans)).total
+        variates[chosen, :horizon] = rearrange(total, "(n k) -> n k", k=horizon)
+        variates[chosen, horizon] = experience.rewards.total[chosen]
+    return variates
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:
@@ -165,36 +262,51 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
         "rollout/frac_valid": parsed.is_valid,
         "rollout/frac_truncated": ~done.ended,
         "rollout/completion_length": done.mask.sum(dim=1),
-        "rollout/abs_advantage": rollout.advantages.abs(),
     }
     per_group = {
         "rollout/frac_zero_std_groups": constant_groups(rollout.rewards, rollout.group_size),
         "rollout/group_reward_std": groups.std(dim=1),
     }
-    per_token = {"rollout/support_mass": done.kept_mass, "rollout/frac_capped_support": done.is_capped}
+    advantages = rollout.advantages
+    if advantages.ndim == 1:
+        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
+    per_token = {
+        "rollout/abs_advantage": advantages.to(done.mask.device).abs(),
+        "rollout/support_mass": done.kept_mass,
+        "rollout/frac_capped_support": done.is_capped,
+    }
     sums = [value.cpu().double().sum() for value in (*per_row.values(), *per_group.values())]
     sums += [value[done.mask].cpu().double().sum() for value in per_token.values()]
-    counts = torch.tensor([len(rollout.rewards), len(groups), int(done.mask.sum())], dtype=torch.float64)
+    counts = torch.tensor(
+        [len(rollout.rewards), len(groups), int(done.mask.sum())], dtype=torch.float64
+    )
     added = sum_over_ranks(torch.cat([torch.stack(sums), counts])).tolist()
     rows, num_groups, tokens = added[-3:]
     divisors = [rows] * len(per_row) + [num_groups] * len(per_group) + [tokens] * len(per_token)
     names = [*per_row, *per_group, *per_token]
-    metrics = {name: value / divisor for name, value, divisor in zip(names, added, divisors, strict=False)}
+    # strict=False: the three counts follow the sums
+    metrics = {
+        name: value / divisor for name, value, divisor in zip(names, added, divisors, strict=False)
+    }
     return metrics | {"rollout/num_tokens": tokens}
 
 
-def sample_records(prompts: Prompts, experience: Experience, rollout: Rollout, num_prompts: int = 2) -> list[SampleRecord]:
-    """The first prompts with all their completions, components and advantages: what samples.jsonl holds."""
-    records = []
+def sample_records(
+    prompts: Prompts, experience: Experience, rollout: Rollout, num_prompts: int = 2
+) -> list[SampleRecord]:
+    """The first prompts with all their completions, components, advantages: for samples.jsonl."""
+    records: list[SampleRecord] = []
     for p in range(min(num_prompts, len(prompts.texts))):
         rows = range(p * rollout.group_size, (p + 1) * rollout.group_size)
-        completions = [
+        completions: list[CompletionRecord] = [
             {
                 "text": experience.texts[n],
                 "is_valid": bool(experience.parsed.is_valid[n]),
                 "reward": float(rollout.rewards[n]),
-                "components": {name: float(v[n]) for name, v in experience.rewards.components.items()},
-                "advantage": float(rollout.advantages[n]),
+                "components": {
+                    name: float(v[n]) for name, v in experience.rewards.components.items()
+                },
+                "advantage": float(rollout.advantages[n].mean()),
             }
             for n in rows
         ]
