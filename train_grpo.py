@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
             metrics["time/update_s"] = time.perf_counter() - updating
             metrics["time/step_s"] = time.perf_counter() - began
-            run.log_text(breakdown_line(experience.rewards, 0), *warnings_of(metrics, step))
+            run.log_text(breakdown_line(experience.rewards, 0), *warnings_of(metrics, config, step))
             for record in sample_records(prompts, experience, rollout):
                 run.log_sample(step + 1, record)
             num_skipped = num_skipped + update.num_skipped if update.num_skipped else 0

@@ -80,6 +80,7 @@ class Rollout:
             sampling_logprobs=(self.sampling_logprobs, "N C"),
             rewards=(self.rewards, "N"),
             advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
+            prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
             **{name: (value, shape) for name, (value, shape) in named.items() if value is not None},
         )
 
@@ -231,16 +232,19 @@ def control_variates(
 ) -> Tensor:
     """What the plan so far would be worth if LQR took over: [N, C], known before token k is drawn.
 
-    Needs one token a control; the token after them is EOS, whose variate is the reward itself. A group with malformed
-    text keeps its plain advantages (all its variates are 0): there the gap to valid text is the lesson.
+    Needs one token a control; the token after them is EOS, whose variate is the reward itself. A
+    group with malformed text keeps its plain advantages (all its variates are 0): there the gap to
+    valid text is the lesson.
     """
     parsed, flown = experience.parsed, experience.trajectories
     horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
     variates = torch.zeros(len(parsed.is_valid), length, dtype=torch.float64)
     whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
     rows = repeat(whole, "p -> (p g)", g=group_size).nonzero().flatten()
-    for chosen in rows.split(128):  # T plans of T controls a row: a few rows at a time stay in the cache
-        part = Trajectories(flown.states[chosen], flown.controls[chosen], flown.num_violations[chosen])
+    for chosen in torch.split(rows, 128):  # T plans of T controls a row: few rows fit the cache
+        part = Trajectories(
+            flown.states[chosen], flown.controls[chosen], flown.num_violations[chosen]
+        )
         plans = rearrange(continued_by_lqr(part, task.plant, task.cost), "n k t -> (n k) t")
         starts = repeat(part.states[:, 0], "n c -> (n k) c", k=horizon)
         valid = torch.ones(len(plans), dtype=torch.bool)

@@ -1,22 +1,20 @@
-"""One policy update: epochs, minibatches, micro-batches, backward, clip, step. No formula of the loss lives here.
+"""One policy update: epochs, minibatches, micro-batches, backward, clip, step; no loss formulas.
 
-An optimizer step covers one minibatch of whole groups on all ranks. Its denominator is counted before the first backward, so
-neither the size of the micro-batches nor the number of ranks changes the gradient.
+An optimizer step covers one minibatch of whole groups on all ranks. Its denominator is counted
+before the first backward, so neither the size of the micro-batches nor the number of ranks changes
+the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
-import numpy as np
 import torch
-from einops import repeat
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
-from minigrpo.data import keyed_generator
 from minigrpo.distributed import (
     gather_rows,
     gradient_norm,
@@ -25,9 +23,16 @@ from minigrpo.distributed import (
     scale_gradient,
     sum_over_ranks,
 )
-from minigrpo.grpo import LossMetrics, grpo_loss, loss_denominator, loss_report, merge_metrics
+from minigrpo.grpo import (
+    Aggregation,
+    LossMetrics,
+    grpo_loss,
+    loss_denominator,
+    loss_report,
+    merge_metrics,
+)
 from minigrpo.policy import completion_scores
-from minigrpo.rollout import Rollout
+from minigrpo.rollout import Rollout, minibatches
 from minigrpo.transformer import Transformer
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -37,7 +42,7 @@ MAX_SKIPPED_IN_A_ROW = 3
 class PolicyUpdate:
     """What an update did, over all ranks."""
 
-    metrics: dict[str, float]  # loss/..., update/..., policy/...
+    metrics: dict[str, float]  # loss/..., update/..., policy/entropy, rollout/logprob_gap_max
     num_skipped: int  # optimizer steps not applied, because the gradient norm was not finite
 
 
@@ -50,17 +55,18 @@ def update_policy(
     learning_rate: float,
     max_length: int,
 ) -> PolicyUpdate:
-    """num_epochs x num_minibatches optimizer steps on one rollout; the learning rate is that of all of them."""
+    """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    parts, norms, entropies, skipped = [], [], [], 0
-    for rows in minibatches(rollout, config, step):
+    parts, norms, entropies, gaps, skipped = [], [], [], [], 0
+    for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
-        metrics, entropy = accumulate_gradient(model, rollout, rows, config, max_length)
+        metrics, entropy, gap = accumulate_gradient(model, rollout, rows, config, max_length)
         reduce_gradients(model)
         norm = gradient_norm(model)
         parts.append(metrics)
         entropies.append(entropy)
+        gaps.append(gap)
         norms.append(norm)
         if not math.isfinite(norm):  # the norm is that of all ranks, so all skip together
             skipped += 1
@@ -68,46 +74,41 @@ def update_policy(
         scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    merged = _over_ranks(merge_metrics(parts))
+    sums = [merge_metrics(parts).vector(), torch.stack(entropies).sum(), torch.stack(gaps).amax()]
+    everybodys = gather_rows([value.cpu() for value in sums])
+    merged = merge_metrics([LossMetrics(*loss) for loss, _, _ in everybodys])
+    entropy = torch.stack([entropy for _, entropy, _ in everybodys]).sum()
+    gap = torch.stack([gap for _, _, gap in everybodys]).amax()
     report = loss_report(merged, len(parts))
-    entropy = sum_over_ranks(torch.stack(entropies).sum())
     finite = [norm for norm in norms if math.isfinite(norm)]
     report |= {
         "policy/entropy": float(entropy) / max(1.0, float(merged.num_tokens)),
         "update/grad_norm": sum(finite) / len(finite) if finite else math.nan,
         "update/learning_rate": learning_rate,
         "update/num_skipped": float(skipped),
+        "rollout/logprob_gap_max": float(gap),
     }
     return PolicyUpdate(report, skipped)
 
 
-def minibatches(rollout: Rollout, config: GRPOConfig, step: int) -> Iterator[Tensor]:
-    """This rank's rows of each optimizer step: whole groups, dealt by a prompt's place among those of all ranks.
-
-    The first epoch keeps the order of the rollout (that of its scoring pass); later epochs shuffle the prompts.
-    """
-    for epoch in range(config.num_epochs):
-        order = np.arange(config.prompts_per_step)
-        if epoch:
-            order = keyed_generator(config.seed, "shuffle", step, epoch).permutation(config.prompts_per_step)
-        for chosen in np.array_split(order, config.num_minibatches):
-            mine = torch.isin(rollout.prompt_places, torch.from_numpy(chosen))  # [P]
-            yield repeat(mine, "p -> (p g)", g=rollout.group_size).nonzero().flatten()
-
-
 def accumulate_gradient(
     model: Transformer, rollout: Rollout, rows: Tensor, config: GRPOConfig, max_length: int
-) -> tuple[LossMetrics, Tensor]:
-    """Backward over the micro-batches of one optimizer step -> this rank's sums, and that of the entropy.
+) -> tuple[LossMetrics, Tensor, Tensor]:
+    """Backward over the micro-batches of one optimizer step.
 
-    All ranks run the same number of micro-batches, since sharded parameters are gathered in each; one who has no rows
-    left repeats its first row with an empty mask, which weighs nothing.
+    Returned, of this rank: sums for the metrics, the sum of the entropy, and the largest gap
+    between the decoder's log-probs and those recomputed before the first optimizer step.
+    All ranks run the same number of micro-batches, since sharded parameters are gathered in each;
+    one that has no rows left repeats its first row with an empty mask, which weighs nothing.
     """
     device = rollout.completion_tokens.device
     rows = rows.to(device)
-    denominator = sum_over_ranks(loss_denominator(rollout.completion_mask[rows], config.aggregation, max_length))
+    aggregation = cast(Aggregation, config.aggregation)
+    counted = loss_denominator(rollout.completion_mask[rows], aggregation, max_length)
+    denominator = sum_over_ranks(counted)
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
+    gap = torch.zeros((), device=device)
     parts, nobody = [], torch.zeros(1, dtype=torch.int64, device=device)
     for i in range(num_micro):
         chosen = rows[i * config.micro_batch_size : (i + 1) * config.micro_batch_size]
@@ -133,30 +134,41 @@ def accumulate_gradient(
             config.clip_eps_low,
             config.clip_eps_high,
             config.kl_beta,
-            config.aggregation,
+            aggregation,
         )
-        loss.backward()
+        torch.autograd.backward(loss)
         parts.append(metrics)
         entropy += scores.entropy[mask].sum()
-    return merge_metrics(parts), entropy
+        # None: this is the only optimizer step, and the log-probs of now are the old ones.
+        old = (
+            scores.logprobs.detach()
+            if rollout.old_logprobs is None
+            else rollout.old_logprobs[chosen]
+        )
+        difference = torch.where(mask, old - rollout.sampling_logprobs[chosen], 0.0)
+        gap = torch.maximum(gap, difference.abs().amax())
+    return merge_metrics(parts), entropy, gap
 
 
-def _over_ranks(metrics: LossMetrics) -> LossMetrics:
-    per_rank = gather_rows([metrics.vector().cpu()])
-    return merge_metrics([LossMetrics(*rows[0]) for rows in per_rank])
+def warnings_of(metrics: dict[str, float], config: GRPOConfig, step: int) -> list[str]:
+    """What a user should hear of when nothing can be learned, or not what was sampled.
 
-
-def warnings_of(metrics: dict[str, float], step: int) -> list[str]:
-    """What a user should hear of when nothing can be learned."""
+    Sampler and scorer differ by rounding: 1e-5 nats in float32, 0.1 where products may be made of
+    bfloat16 (matmul_precision), more under bfloat16 autocast, where the gap is only logged.
+    """
     found = []
+    limit = 1e-3 if config.matmul_precision == "highest" else 0.1
+    if config.precision == "float32" and not metrics["rollout/logprob_gap_max"] <= limit:
+        gap = f"{metrics['rollout/logprob_gap_max']:.1e} nats"
+        found.append(f"sampled and recomputed log-probs differ by {gap}: these are two policies")
     if metrics["rollout/frac_zero_std_groups"] == 1:
         found.append("every group has equal rewards: no gradient. Raise temperature or group_size")
     if metrics["rollout/frac_truncated"] > 0.05:
-        found.append(
-            f"{metrics['rollout/frac_truncated']:.0%} of the completions never stopped: train SFT longer"
-        )
+        share = f"{metrics['rollout/frac_truncated']:.0%} of the completions never stopped"
+        found.append(f"{share}: train SFT longer")
     if metrics["rollout/frac_valid"] < 0.5:
-        found.append(f"only {metrics['rollout/frac_valid']:.0%} of the completions are valid: train SFT longer")
+        share = f"only {metrics['rollout/frac_valid']:.0%} of the completions are valid"
+        found.append(f"{share}: train SFT longer")
     if metrics["update/grad_norm"] == 0:
         found.append("the gradient is exactly 0: the parameters do not change")
     return [f"WARNING step {step + 1}: {line}" for line in found]
