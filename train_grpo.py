@@ -19,6 +19,7 @@ import torch
 
 from minigrpo.checkpoint import (
     Manifest,
+    is_best,
     latest_checkpoint,
     load_model,
     load_trainer,
@@ -105,8 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def evaluate(step: int) -> dict[str, float]:
             metrics = validation_metrics(model, validation, task, config.seed)
-            best = published(folder)
-            if best is None or metrics["eval/greedy_reward"] > best[1]:
+            if is_best(folder, metrics["eval/greedy_reward"]):
                 publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
             return metrics
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minigrpo.checkpoint import (
     Manifest,
+    is_best,
     latest_checkpoint,
     load_trainer,
     make_task,
@@ -127,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def evaluate(step: int) -> dict[str, float]:
             metrics = validation_metrics(model, validation, task, config.seed)
-            best = published(folder)
-            if best is None or metrics["eval/greedy_reward"] > best[1]:
+            if is_best(folder, metrics["eval/greedy_reward"]):
                 publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
             return metrics
 

@@ -31,10 +31,8 @@ def process_group(device: str) -> Iterator[torch.device]:
     if kind == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield place
-    finally:
-        dist.destroy_process_group()
+    yield place
+    dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
 
 
 def rank() -> int:

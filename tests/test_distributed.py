@@ -1,0 +1,349 @@
+"""Several ranks are one: the same sums, gradients, completions and metrics, and the same end.
+
+Processes are real and talk over gloo. The gradients are compared in float64, where only the order
+of additions differs; whole runs are float32.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks, start_ranks
+from torch import Tensor
+
+import train_grpo
+import train_sft
+from minigrpo import distributed
+from minigrpo.config import GRPOConfig, SFTConfig
+from minigrpo.data import SFTBatch
+from minigrpo.distributed import (
+    any_rank,
+    barrier,
+    gather_rows,
+    gradient_norm,
+    max_over_ranks,
+    process_group,
+    rank,
+    reduce_gradients,
+    scale_gradient,
+    sum_over_ranks,
+    world_size,
+)
+from minigrpo.optim import adamw
+from minigrpo.rollout import Rollout
+from minigrpo.sft import smoothing_matrix, supervised_step
+from minigrpo.transformer import Transformer, TransformerConfig
+from minigrpo.update import update_policy
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, GROUP, LENGTH, VOCAB = 5, 2, 7, 13
+SHAPE = TransformerConfig(
+    model_type="qwen2", vocab_size=VOCAB, width=8, mlp_width=12, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_size=4,
+)  # fmt: skip
+SFT_FLAGS = (
+    "--width 16 --mlp-width 32 --num-heads 2 --num-layers 1 --horizon 5 --num-demonstrations 23 "
+    "--steps 3 --batch-size 5 --micro-batch-size 2 --eval-every 2 --eval-cases 8 --device cpu"
+).split()
+GRPO_FLAGS = (
+    "--steps 3 --prompts-per-step 6 --group-size 3 --num-epochs 2 --num-minibatches 2 "
+    "--micro-batch-size 2 --rows-per-batch 3 --eval-every 2 --eval-cases 8 --temperature 1 "
+    "--learning-rate 1e-2 --advantage-std batch --device cpu"
+).split()
+
+
+def make_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(SHAPE).double()
+
+
+def agreements() -> dict[str, object]:
+    with process_group("cpu"):
+        me = rank()
+        counted = torch.tensor([1.0, 10.0**me])
+        mine = [torch.full((me,), float(i)) for i in range(2 - me % 2)]
+        barrier()
+        return {
+            "sum": sum_over_ranks(counted).tolist(),
+            "kept": counted.tolist(),
+            "max": max_over_ranks(-me),
+            "last says yes": any_rank(me == world_size() - 1),
+            "all say no": any_rank(False),
+            "rows": [[row.tolist() for row in rows] for rows in gather_rows(mine)],
+        }
+
+
+def test_every_rank_hears_of_all() -> None:
+    found = {world: run_ranks(world, agreements) for world in (1, 2, 3)}
+    rows = [[[], []], [[0.0]], [[0.0, 0.0], [1.0, 1.0]]]
+    for world, sums in {1: [1, 1], 2: [2, 11], 3: [3, 111]}.items():
+        for me, got in enumerate(found[world]):
+            assert got == {
+                "sum": sums,
+                "kept": [1, 10**me],
+                "max": 0,
+                "last says yes": True,
+                "all say no": False,
+                "rows": rows[:world],
+            }
+
+
+def gradients_of_ranks() -> dict[str, object]:
+    """Parameter i has gradient i + 10 rank on the even ranks alone; one parameter is frozen."""
+    with process_group("cpu"):
+        model = make_model()
+        model.norm.weight.requires_grad_(False)
+        for i, parameter in enumerate(model.parameters()):
+            if rank() % 2 == 0 and parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, i + 10.0 * rank())
+        reduce_gradients(model)
+        norm = gradient_norm(model)
+        scale_gradient(model, 0.5)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        values = [[] if grad is None else grad.unique().tolist() for grad in gradients]
+        shapes = [
+            grad is None or grad.shape == p.shape
+            for grad, p in zip(gradients, model.parameters(), strict=True)
+        ]
+        return {"norm": norm, "values": values, "shapes": all(shapes)}
+
+
+def test_gradients_are_added_and_a_rank_without_any_joins() -> None:
+    model = make_model()
+    sizes = [p.numel() for p in model.parameters()]
+    frozen = [name for name, _ in model.named_parameters()].index("norm.weight")
+    for world in (1, 2, 3):
+        sums = [float(i) if world < 3 else 2 * i + 20.0 for i in range(len(sizes))]
+        norm = math.sqrt(
+            sum(n * s * s for i, (n, s) in enumerate(zip(sizes, sums, strict=True)) if i != frozen)
+        )
+        for got in run_ranks(world, gradients_of_ranks):
+            assert got["norm"] == pytest.approx(norm, rel=1e-6)
+            assert got["values"] == [[] if i == frozen else [s / 2] for i, s in enumerate(sums)]
+            assert got["shapes"]
+
+
+def make_rollout(places: Tensor) -> Rollout:
+    """These prompts' rows of a made-up rollout of lengths 1 to C, padded to the share's longest."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (PROMPTS * GROUP, LENGTH)
+    tokens = torch.randint(VOCAB, shape, generator=generator)
+    lengths = torch.randint(1, LENGTH + 1, (shape[0], 1), generator=generator)
+    others = torch.randint(VOCAB - 1, (*shape, 3), generator=generator)
+    others += others >= tokens.unsqueeze(
+        -1
+    )  # a support has no token twice; here, not the taken one
+    old, reference = (-3 * torch.rand(shape, generator=generator).double() for _ in range(2))
+    prompts = torch.randint(VOCAB, (shape[0], 3), generator=generator)
+    rows = torch.cat([torch.arange(GROUP) + place * GROUP for place in places.tolist()])
+    width = int(lengths[rows].max())
+    return Rollout(
+        prompt_tokens=prompts[rows],
+        prompt_mask=(torch.arange(3) >= (rows % 2).unsqueeze(-1)),
+        completion_tokens=tokens[rows, :width],
+        completion_mask=(torch.arange(LENGTH) < lengths)[rows, :width],
+        support=torch.cat([tokens.unsqueeze(-1), others], dim=-1)[rows, :width].int(),
+        sampling_logprobs=old[rows, :width],
+        old_logprobs=old[rows, :width],
+        ref_logprobs=reference[rows, :width],
+        rewards=torch.arange(shape[0]).double()[rows],
+        advantages=torch.randn(shape[0], generator=generator).double()[rows],
+        prompt_places=places,
+        group_size=GROUP,
+    )
+
+
+def grpo_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
+    """The gradient of every optimizer step at the first weights, and what two updates then do."""
+    found: dict[str, object] = {}
+    with process_group("cpu"):
+        for i, config in enumerate(variants):
+            rollout, model = make_rollout(torch.arange(rank(), PROMPTS, world_size())), make_model()
+            frozen, seen = torch.optim.SGD(model.parameters()), []
+
+            def record(*_: object, model: Transformer = model, seen: list[Tensor] = seen) -> None:
+                parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+                seen.append(torch.cat(parts))
+
+            frozen.register_step_pre_hook(record)
+            update_policy(
+                model, frozen, rollout, replace(config, max_grad_norm=1e9), 0, 0.0, LENGTH
+            )
+            found[f"gradients {i}"] = torch.stack(seen)
+            optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
+            for step in range(2):
+                update = update_policy(model, optimizer, rollout, config, step, 1e-2, LENGTH)
+                found[f"metrics {i} {step}"] = torch.tensor([*update.metrics.values()]).double()
+            weights = [parameter.detach().flatten() for parameter in model.parameters()]
+            found[f"weights {i}"] = torch.cat(weights)
+    return found
+
+
+def assert_close(got: dict[str, object], expected: dict[str, object], tolerance: float) -> None:
+    """Within the tolerance times the largest entry."""
+    assert got.keys() == expected.keys()
+    for name, wanted in expected.items():
+        value = got[name]
+        assert isinstance(value, Tensor) and isinstance(wanted, Tensor)
+        error = float((value - wanted).abs().max() / wanted.abs().max())
+        assert error <= tolerance, f"{name}: {error}"
+
+
+def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:
+    """5 prompts, 2 minibatches of 3 and 2: of 3 ranks the last has no rows in the second."""
+    config = GRPOConfig(
+        prompts_per_step=PROMPTS, group_size=GROUP, num_epochs=2, num_minibatches=2,
+        micro_batch_size=3, temperature=0.7, kl_beta=0.1,
+    )  # fmt: skip
+    variants = [replace(config, aggregation=kind) for kind in ("grpo", "dapo", "dr_grpo")]
+    variants.append(replace(config, micro_batch_size=1))
+    alone = run_ranks(1, grpo_gradients, variants)[0]
+    first, other = alone["gradients 0"], alone["gradients 1"]
+    assert isinstance(first, Tensor) and isinstance(other, Tensor)
+    assert len(first) == 4 and not torch.allclose(first, other, rtol=0.1)
+    for world in (2, 3):
+        for got in run_ranks(world, grpo_gradients, variants):
+            assert_close(got, alone, 1e-6)
+
+
+def supervised_steps(config: SFTConfig) -> dict[str, object]:
+    """Three steps on uneven rows; in the last the third of three ranks has none."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB, (11, LENGTH), generator=generator)
+    places = torch.arange(LENGTH).expand(11, LENGTH)
+    ends = torch.randint(3, LENGTH + 1, (11, 1), generator=generator)
+    data = SFTBatch(tokens, places < ends, (places >= 2) & (places < ends))
+    smoothing = smoothing_matrix(torch.arange(VOCAB).double(), 1.5)
+    found: dict[str, object] = {}
+    with process_group("cpu"):
+        model = make_model()
+        optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
+        for step, rows in enumerate((range(5), range(5, 9), range(9, 11))):
+            batch = data.rows(torch.tensor(rows[rank() :: world_size()], dtype=torch.int64))
+            metrics = supervised_step(model, optimizer, batch, smoothing, config, 1e-2)
+            found[f"metrics {step}"] = torch.tensor([*metrics.values()]).double()
+        found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return found
+
+
+def test_a_supervised_step_is_the_same_on_any_number_of_ranks() -> None:
+    config = SFTConfig(micro_batch_size=2)
+    alone = run_ranks(1, supervised_steps, config)[0]
+    for world in (2, 3):
+        for got in run_ranks(world, supervised_steps, config):
+            assert_close(got, alone, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned to write five numbers and stop, for GRPO to start from."""
+    folder = tmp_path_factory.mktemp("supervised") / "sft"
+    flags = [*SFT_FLAGS, "--steps", "60", "--learning-rate", "3e-2", "--batch-size", "16"]
+    run_ranks(1, train_sft.main, [*flags, "--eval-every", "60", "--save-dir", str(folder)])
+    return folder
+
+
+def completions_of_run(flags: list[str]) -> dict[tuple[int, int], list[str]]:
+    """What this rank sampled: (step, place of the prompt) -> texts of the group."""
+    found: dict[tuple[int, int], list[str]] = {}
+    make_rollout, step = train_grpo.make_rollout, 0
+
+    def spy(*arguments: object) -> object:
+        nonlocal step
+        rollout, experience, seconds = make_rollout(*arguments)  # type: ignore[arg-type]
+        for i, place in enumerate(rollout.prompt_places.tolist()):
+            group = slice(i * rollout.group_size, (i + 1) * rollout.group_size)
+            found[step, place] = experience.texts[group]
+        step += 1
+        return rollout, experience, seconds
+
+    train_grpo.make_rollout = spy  # type: ignore[assignment]
+    train_grpo.main(flags)
+    return found
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without the times."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def assert_same_logs(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """float32 rounds differently in batches of other shapes, and the updates carry that on."""
+    assert [sorted(line) for line in got] == [sorted(line) for line in expected]
+    for line, wanted in zip(got, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_a_grpo_run_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
+    flags = [*GRPO_FLAGS, "--init", str(supervised)]
+    found, logs = {}, {}
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        texts = run_ranks(world, completions_of_run, [*flags, "--save-dir", str(folder)])
+        found[world] = {place: group for share in texts for place, group in share.items()}
+        assert [len(share) for share in texts] == [3 * 6 // world] * world
+        logs[world] = logged(folder)
+    assert len(found[1]) == 3 * 6 and [line["step"] for line in logs[1]] == [0, 1, 2, 3]
+    assert len({text for group in found[1].values() for text in group}) > 20
+    assert 0 < logs[1][1]["rollout/frac_valid"]
+    for world in (2, 3):
+        assert found[world] == found[1]
+        assert_same_logs(logs[world], logs[1])
+
+
+def test_a_supervised_run_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """5 rows a step, 2 in a micro-batch: 3 ranks have 2, 2 and 1 of them."""
+    for world in (1, 2, 3):
+        run_ranks(world, train_sft.main, [*SFT_FLAGS, "--save-dir", str(tmp_path / str(world))])
+        assert_same_logs(logged(tmp_path / str(world)), logged(tmp_path / "1"))
+
+
+def waits_for_a_rank_that_hangs() -> None:
+    distributed.TIMEOUT = timedelta(seconds=3)
+    with process_group("cpu"):
+        if rank() == 1:
+            time.sleep(6)
+        any_rank(False)
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout() -> None:
+    exits = start_ranks(3, waits_for_a_rank_that_hangs)
+    assert all(code is not None and code > 0 for code in exits)  # by itself, and not well
+
+
+RAISES = """
+from minigrpo.distributed import any_rank, process_group, rank
+from minigrpo.runs import run_command
+
+def main():
+    with process_group("cpu"):
+        assert not any_rank(False)
+        if rank() == 1:
+            raise ValueError("the second rank has a mistake in it")
+        any_rank(False)
+        print("not reached")
+
+run_command(main)
+"""
+
+
+def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode != 0
+    assert "error on rank 1: the second rank has a mistake in it" in done.stderr
+    assert "not reached" not in done.stdout
