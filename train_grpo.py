@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.log_text(breakdown_line(experience.rewards, 0), *warnings_of(metrics, config, step))
             for record in sample_records(prompts, experience, rollout):
                 run.log_sample(step + 1, record)
-            num_skipped = num_skipped + update.num_skipped if update.num_skipped else 0
+            num_skipped = update.skipped_in_a_row(num_skipped)
             if update.num_skipped:
                 save_batch(folder, step + 1, rollout)
             last = step + 1 == config.steps

@@ -43,7 +43,17 @@ class PolicyUpdate:
     """What an update did, over all ranks."""
 
     metrics: dict[str, float]  # loss/..., update/..., policy/entropy, rollout/logprob_gap_max
-    num_skipped: int  # optimizer steps not applied, because the gradient norm was not finite
+    is_skipped: tuple[bool, ...]  # of each optimizer step: its gradient norm was not finite
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.is_skipped)
+
+    def skipped_in_a_row(self, before: int) -> int:
+        """The steps since the last one that was made; `before` of them before this update."""
+        for is_skipped in self.is_skipped:
+            before = before + 1 if is_skipped else 0
+        return before
 
 
 def update_policy(
@@ -58,7 +68,7 @@ def update_policy(
     """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    parts, norms, entropies, gaps, skipped = [], [], [], [], 0
+    parts, norms, entropies, gaps = [], [], [], []
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
         metrics, entropy, gap = accumulate_gradient(model, rollout, rows, config, max_length)
@@ -69,7 +79,6 @@ def update_policy(
         gaps.append(gap)
         norms.append(norm)
         if not math.isfinite(norm):  # the norm is that of all ranks, so all skip together
-            skipped += 1
             continue
         scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
         optimizer.step()
@@ -85,10 +94,10 @@ def update_policy(
         "policy/entropy": float(entropy) / max(1.0, float(merged.num_tokens)),
         "update/grad_norm": sum(finite) / len(finite) if finite else math.nan,
         "update/learning_rate": learning_rate,
-        "update/num_skipped": float(skipped),
+        "update/num_skipped": float(len(norms) - len(finite)),
         "rollout/logprob_gap_max": float(gap),
     }
-    return PolicyUpdate(report, skipped)
+    return PolicyUpdate(report, tuple(not math.isfinite(norm) for norm in norms))
 
 
 def accumulate_gradient(

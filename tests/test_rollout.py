@@ -1,0 +1,374 @@
+"""One batch of experience against loops over single prompts, texts and rows."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigrpo import rollout as rollout_module
+from minigrpo.checkpoint import make_task
+from minigrpo.config import GRPOConfig
+from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
+from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.lqr import QuadraticCost
+from minigrpo.optim import adamw
+from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.prompts import Codec, ParsedControls
+from minigrpo.reward import Rewards
+from minigrpo.rollout import (
+    Experience,
+    Rollout,
+    make_rollout,
+    minibatches,
+    rollout_metrics,
+    sample_records,
+)
+from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.tokenizer import number_tokenizer
+from minigrpo.transformer import Transformer, TransformerConfig, initialise
+from minigrpo.update import accumulate_gradient, update_policy
+
+HORIZON, PROMPT_LENGTH = 3, 5
+PLANT = DoubleIntegrator(horizon=HORIZON, control_bound=1.0, start_decimals=1)
+CODEC = Codec("numbers", 1)
+TOKENIZER = number_tokenizer(PLANT, CODEC)
+TASK: Task = make_task(PLANT, QuadraticCost(), CODEC, TOKENIZER)
+VOCAB, EOS = len(TOKENIZER), TOKENIZER.eos_token_id
+STARTS = torch.tensor(
+    [[0.5, -0.3], [-0.8, 0.1], [0.2, 0.2], [0.5, -0.3], [0.0, 0.7]], dtype=torch.float64
+)
+PROMPTS = make_prompts(STARTS, torch.tensor([3, 4, 5, 6, 7]), TASK)  # two are the same start
+CONFIG = GRPOConfig(
+    prompts_per_step=5, group_size=3, micro_batch_size=4, rows_per_batch=7, temperature=1.2,
+    top_p=0.95, support_size=17, seed=2, kl_beta=0.0,
+)  # fmt: skip
+
+
+class Writer(Transformer):
+    """A random model that writes numbers only, and EOS after the third: rarely malformed text."""
+
+    def forward(self, tokens, mask, cache, output):
+        first = (cache.length if cache else 0) - (PROMPT_LENGTH - 1)  # place of the next token
+        places = torch.arange(first, first + tokens.shape[1])
+        allowed = torch.full((2, VOCAB), -30.0)
+        numbers = [i for token, i in TOKENIZER.get_vocab().items() if token[-1].isdigit()]
+        allowed[0, numbers] = 0.0
+        allowed[0, EOS] = -2.0  # too early, sometimes
+        allowed[1, EOS] = 7.0  # mostly, but not always in time
+        allowed[1, numbers] = 0.0
+        wanted = torch.nn.functional.one_hot((places >= HORIZON).long(), 2).float()  # [Q, 2]
+
+        def restricted(hidden, head_weight):
+            wider = torch.cat([hidden, wanted.expand(len(hidden), -1, -1).to(hidden)], dim=-1)
+            return output(wider, torch.cat([head_weight, allowed.T.to(head_weight)], dim=1))
+
+        return super().forward(tokens, mask, cache, restricted)
+
+
+def a_model(seed: int = 1) -> Writer:
+    model = Writer(TransformerConfig("llama", VOCAB, 16, 24, 2, 2, 2, 8, tied_head=False))
+    initialise(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.head.weight *= 30.0
+        model.embed.weight *= 20.0
+    return model
+
+
+def final_position(parsed: ParsedControls, flown: Trajectories) -> Rewards:
+    """Depends on the start and on every control; 0 for malformed text."""
+    valid = parsed.is_valid.double()
+    parts = {"bonus": 10 * valid, "position": valid * flown.states[:, -1, 0]}
+    return Rewards(parts, parts["bonus"] + parts["position"])
+
+
+def rolled(
+    config: GRPOConfig = CONFIG,
+    prompts: Prompts = PROMPTS,
+    places: Tensor | None = None,
+    model: Transformer | None = None,
+    reference: Transformer | None = None,
+) -> tuple[Rollout, Experience]:
+    where = torch.arange(len(prompts.texts)) if places is None else places
+    rollout, experience, seconds = make_rollout(
+        a_model() if model is None else model, reference, prompts, where, config, TASK,
+        final_position,
+    )  # fmt: skip
+    assert min(seconds.values()) >= 0
+    return rollout, experience
+
+
+def chosen_prompts(places: list[int]) -> Prompts:
+    return make_prompts(STARTS[places], PROMPTS.indices[places], TASK)
+
+
+def reward_by_hand(prompt: str, text: str, ended: bool) -> float:
+    """Start and controls are read from the texts, the plant is a scalar loop."""
+    words = text.split()
+    numbers = [word for word in words if word.removeprefix("-")[:1].isdigit()]
+    if not ended or len(words) != HORIZON or numbers != words:
+        return 0.0
+    position, velocity = float(prompt.split()[1]), float(prompt.split()[3])
+    for word in words:
+        position += 0.1 * velocity + 0.005 * float(word)
+        velocity += 0.1 * float(word)
+    return 10 + position
+
+
+def test_each_completion_is_scored_on_its_own_start_and_compared_within_its_group() -> None:
+    rollout, experience = rolled()
+    assert len(rollout.rewards) == 15
+    by_hand = []
+    for n, text in enumerate(experience.texts):
+        ended = bool(experience.completions.ended[n])
+        by_hand.append(reward_by_hand(PROMPTS.texts[n // 3], text, ended))
+        assert bool(experience.parsed.is_valid[n]) == (by_hand[-1] != 0)
+        assert torch.equal(rollout.prompt_tokens[n], PROMPTS.tokens[n // 3])
+        assert torch.equal(experience.trajectories.states[n, 0], STARTS[n // 3])
+    assert rollout.rewards.tolist() == pytest.approx(by_hand, abs=1e-12)
+    assert by_hand.count(0.0) in range(1, 8)  # malformed rows exist, and they stay
+    for p in range(5):
+        group = by_hand[3 * p : 3 * p + 3]
+        mean = sum(group) / 3
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 2)
+        for g, reward in enumerate(group):
+            expected = (reward - mean) / (std + 1e-4)
+            assert float(rollout.advantages[3 * p + g]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_row_holds_the_tokens_of_its_own_prompt_and_draw() -> None:
+    """Row p * G + g alone: prompt p, with line g of the uniforms that its index gives."""
+    rollout, experience = rolled()
+    model, done = a_model(), experience.completions
+    acting, stop = ActingPolicy(1.2, 0.95, 17), StopRule((EOS,), 0, TASK.max_completion_length)
+    for p in range(5):
+        uniforms = token_uniforms(2, PROMPTS.indices[p : p + 1], 3, TASK.max_completion_length)
+        for g in range(3):
+            tokens, mask = PROMPTS.tokens[p : p + 1], PROMPTS.mask[p : p + 1]
+            one = sample_completions(model, tokens, mask, 1, acting, stop, uniforms[g : g + 1])
+            n, length = 3 * p + g, int(one.mask.sum())
+            assert torch.equal(done.tokens[n, :length], one.tokens[0])
+            assert int(rollout.completion_mask[n].sum()) == length
+            assert bool(done.ended[n]) == bool(one.ended[0])
+    assert rollout.completion_tokens is done.tokens and rollout.support is done.support
+    assert rollout.sampling_logprobs is done.sampling_logprobs
+    # equal starts are two prompts: other draws, other groups
+    assert PROMPTS.texts[0] == PROMPTS.texts[3]
+    assert not torch.equal(done.tokens[0:3], done.tokens[9:12])
+
+
+def rows_of(places: list[int]) -> list[int]:
+    return [3 * p + g for p in places for g in range(3)]
+
+
+@pytest.mark.parametrize("places", [[4, 2, 0, 3, 1], [0, 2, 4], [1, 3]])
+def test_permuting_or_leaving_out_prompts_permutes_or_leaves_out_groups(places: list[int]) -> None:
+    """The second case are the shares of two ranks. float32 rounds differently in other batches."""
+    rollout, experience = rolled(reference=a_model(7), config=replace(CONFIG, num_epochs=2))
+    config = replace(CONFIG, num_epochs=2)
+    part, text = rolled(config, chosen_prompts(places), torch.tensor(places), None, a_model(7))
+    rows, width = rows_of(places), part.completion_tokens.shape[1]
+    assert text.texts == [experience.texts[n] for n in rows]
+    for name in ("prompt_tokens", "prompt_mask", "rewards", "advantages"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[rows]), name
+    for name in ("completion_tokens", "completion_mask"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[rows, :width]), name
+    mask = part.completion_mask
+    for name in ("sampling_logprobs", "old_logprobs", "ref_logprobs"):
+        got, expected = getattr(part, name), getattr(rollout, name)[rows, :width]
+        assert torch.allclose(got[mask], expected[mask], rtol=0, atol=1e-5), name
+
+
+def test_the_batch_std_is_that_of_the_raw_rewards_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = torch.tensor([100.0, -20.0, 3.0]).double()
+    monkeypatch.setattr(rollout_module, "gather_rows", lambda rows: [rows, [others]])
+    rollout, _ = rolled(replace(CONFIG, advantage_std="batch"))
+    std = torch.cat([rollout.rewards, others]).std()
+    groups = rollout.rewards.view(5, 3)
+    expected = (groups - groups.mean(dim=1, keepdim=True)) / (std + 1e-4)
+    assert torch.allclose(rollout.advantages, expected.view(15), rtol=1e-12)
+
+
+def test_old_log_probs_are_there_unless_the_rollout_feeds_one_step() -> None:
+    assert rolled()[0].old_logprobs is None and rolled()[0].ref_logprobs is None
+    for change in ({"num_epochs": 2}, {"num_minibatches": 2}):
+        rollout, _ = rolled(replace(CONFIG, **change))
+        gap = (rollout.old_logprobs - rollout.sampling_logprobs)[rollout.completion_mask]
+        assert gap.abs().max() < 1e-4 and not rollout.old_logprobs.requires_grad
+
+
+def test_the_reference_scores_with_its_own_weights_and_is_left_alone() -> None:
+    reference, model = a_model(7), a_model()
+    rollout, _ = rolled(replace(CONFIG, kl_beta=0.1), model=model, reference=reference)
+    parts = (rollout.prompt_tokens, rollout.prompt_mask, rollout.completion_tokens, rollout.support)
+    mask = rollout.completion_mask
+    with torch.no_grad():
+        expected = completion_scores(a_model(7), *parts, 1.2).logprobs
+    assert torch.allclose(rollout.ref_logprobs[mask], expected[mask], rtol=0, atol=1e-5)
+    assert (rollout.ref_logprobs - rollout.sampling_logprobs)[mask].abs().max() > 0.1
+    before = [p.clone() for p in reference.parameters()]
+    optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
+    update_policy(model, optimizer, rollout, CONFIG, 0, 1e-2, TASK.max_completion_length)
+    for p, q in zip(reference.parameters(), before, strict=True):
+        assert torch.equal(p, q) and p.grad is None
+
+
+def test_every_rollout_comes_from_the_weights_of_its_time() -> None:
+    """M18: a stale sampler or cache would be seen in the log-probs, as would a stale scorer."""
+    model, config = a_model(), replace(CONFIG, num_minibatches=2)
+    optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.0)
+    sampled = []
+    for step in range(3):
+        rollout, _ = rolled(config, model=model)
+        mask = rollout.completion_mask
+        gap = (rollout.sampling_logprobs - rollout.old_logprobs)[mask]
+        assert gap.abs().max() < 1e-4
+        sampled.append(rollout.sampling_logprobs[mask].sum())
+        update_policy(model, optimizer, rollout, config, step, 1e-2, TASK.max_completion_length)
+        support = rollout.support
+        parts = (rollout.prompt_tokens, rollout.prompt_mask, rollout.completion_tokens, support)
+        with torch.no_grad():
+            now = completion_scores(model, *parts, 1.2).logprobs
+        assert (now - rollout.old_logprobs)[mask].abs().max() > 0.01
+    assert len({round(float(value), 3) for value in sampled}) == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_minibatches", [1, 2])
+def test_the_ratio_is_exactly_1_before_the_first_step(precision: str, num_minibatches: int) -> None:
+    """Minibatches of 9 and 6 rows, micro-batches of 4: the scoring pass has the same shapes.
+
+    Each minibatch is taken at the first weights, where in bfloat16 another shape is another value.
+    """
+    config = replace(CONFIG, precision=precision, num_minibatches=num_minibatches, num_epochs=2)
+    model = a_model()
+    rollout, _ = rolled(config, model=model)
+    for rows in list(minibatches(rollout.prompt_places, config, 0))[:num_minibatches]:
+        sums, _, gap = accumulate_gradient(model, rollout, rows, config, 4)
+        assert sums.ratio_min == 1 and sums.ratio_max == 1 and sums.ratio_sum == sums.num_tokens
+        assert sums.num_clip_low == 0 and sums.num_clip_high == 0 and sums.approx_kl == 0
+        assert gap < (1e-4 if precision == "float32" else 0.5)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert gradients.abs().max() > 1e-3
+
+
+def test_autocast_reaches_sampler_old_and_reference() -> None:
+    """Rounding to bfloat16 is seen in all three log-probs, and sampling cannot be float32 alone."""
+    plain, _ = rolled(replace(CONFIG, num_epochs=2), reference=a_model(7))
+    half, _ = rolled(replace(CONFIG, num_epochs=2, precision="bfloat16"), reference=a_model(7))
+    same = (plain.completion_tokens[:, :1] == half.completion_tokens[:, :1]).flatten()
+    assert same.float().mean() > 0.7
+    for name in ("sampling_logprobs", "old_logprobs", "ref_logprobs"):
+        a, b = getattr(plain, name)[same, 0], getattr(half, name)[same, 0]
+        assert a.dtype == b.dtype == torch.float32
+        assert 1e-4 < (a - b).abs().max() < 0.3, name
+
+
+def every_prompt(places: Tensor, config: GRPOConfig, step: int) -> Iterator[list[int]]:
+    """The rows of each minibatch as prompts; groups must be whole."""
+    for rows in minibatches(places, config, step):
+        prompts = rows[:: config.group_size] // config.group_size
+        whole = [3 * p + g for p in prompts.tolist() for g in range(3)]
+        assert rows.tolist() == whole
+        yield prompts.tolist()
+
+
+@pytest.mark.parametrize("num_minibatches, sizes", [(1, [5]), (2, [3, 2]), (3, [2, 2, 1])])
+def test_each_epoch_deals_every_prompt_once_the_first_in_order(
+    num_minibatches: int, sizes: list[int]
+) -> None:
+    config = replace(CONFIG, num_epochs=4, num_minibatches=num_minibatches)
+    dealt = list(every_prompt(torch.arange(5), config, 9))
+    epochs = [dealt[i : i + num_minibatches] for i in range(0, len(dealt), num_minibatches)]
+    assert len(epochs) == 4
+    for epoch in epochs:
+        assert [len(part) for part in epoch] == sizes
+        assert sorted(p for part in epoch for p in part) == [0, 1, 2, 3, 4]
+    assert [p for part in epochs[0] for p in part] == [0, 1, 2, 3, 4]
+    if num_minibatches > 1:
+        assert len({str(epoch) for epoch in epochs}) > 2
+        assert dealt == list(every_prompt(torch.arange(5), config, 9))
+        for change in ({"step": 10}, {"seed": 3}):
+            step, other = change.get("step", 9), replace(config, seed=change.get("seed", 2))
+            again = list(every_prompt(torch.arange(5), other, step))
+            assert again[:num_minibatches] == dealt[:num_minibatches] and again != dealt
+
+
+def test_ranks_share_the_minibatches_of_one_process() -> None:
+    config = replace(CONFIG, num_epochs=3, num_minibatches=2)
+    whole = list(every_prompt(torch.arange(5), config, 1))
+    shares = [torch.arange(rank, 5, 2) for rank in range(2)]
+    parts = [list(every_prompt(share, config, 1)) for share in shares]
+    for expected, *got in zip(whole, *parts, strict=True):
+        places = [int(share[p]) for share, part in zip(shares, got, strict=True) for p in part]
+        assert sorted(places) == sorted(expected)
+
+
+def test_metrics_are_those_of_slow_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Malformed, cut off and constant groups included; two equal ranks have the same means."""
+    rollout, experience = rolled(replace(CONFIG, support_size=9))
+    rewards = rollout.rewards.clone()
+    rewards[3:6] = 1.5
+    rollout = replace(rollout, rewards=rewards)
+    done = experience.completions
+    rows = range(15)
+    tokens = [(n, t) for n in rows for t in range(done.mask.shape[1]) if done.mask[n, t]]
+    groups = [rewards[i : i + 3].tolist() for i in range(0, 15, 3)]
+    std = [math.sqrt(sum((r - sum(g) / 3) ** 2 for r in g) / 2) for g in groups]
+    states = experience.trajectories.states
+    parts = experience.rewards.components
+    expected = {
+        "reward/total": sum(float(r) for r in rewards) / 15,
+        "reward/bonus": sum(float(parts["bonus"][n]) for n in rows) / 15,
+        "reward/position": sum(float(parts["position"][n]) for n in rows) / 15,
+        "rollout/final_error": sum(math.hypot(*states[n, -1].tolist()) for n in rows) / 15,
+        "rollout/frac_valid": sum(bool(experience.parsed.is_valid[n]) for n in rows) / 15,
+        "rollout/frac_truncated": sum(not bool(done.ended[n]) for n in rows) / 15,
+        "rollout/completion_length": len(tokens) / 15,
+        "rollout/abs_advantage": sum(abs(float(rollout.advantages[n])) for n, _ in tokens)
+        / len(tokens),
+        "rollout/frac_zero_std_groups": sum(s < 1e-6 for s in std) / 5,
+        "rollout/group_reward_std": sum(std) / 5,
+        "rollout/support_mass": sum(float(done.kept_mass[i]) for i in tokens) / len(tokens),
+        "rollout/frac_capped_support": sum(bool(done.is_capped[i]) for i in tokens) / len(tokens),
+        "rollout/num_tokens": len(tokens),
+    }
+    assert 0 < expected["rollout/frac_truncated"] < 0.5 and 0 < expected["rollout/frac_valid"] < 1
+    assert 0 < expected["rollout/frac_capped_support"] < 1 and len(tokens) < done.mask.numel()
+    assert rollout_metrics(rollout, experience) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(rollout_module, "sum_over_ranks", lambda value: 2 * value)
+    expected["rollout/num_tokens"] *= 2
+    assert rollout_metrics(rollout, experience) == pytest.approx(expected, rel=1e-6)
+
+
+def test_sample_records_show_whole_groups_with_their_own_numbers() -> None:
+    rollout, experience = rolled()
+    first, second = sample_records(PROMPTS, experience, rollout)
+    assert [first["prompt"], second["prompt"]] == list(PROMPTS.texts[:2])
+    for n, shown in enumerate([*first["completions"], *second["completions"]]):
+        assert shown["text"] == experience.texts[n]
+        assert shown["is_valid"] == bool(experience.parsed.is_valid[n])
+        assert shown["reward"] == float(rollout.rewards[n]) == sum(shown["components"].values())
+        assert shown["advantage"] == float(rollout.advantages[n])
+    assert len(sample_records(chosen_prompts([2]), experience, rollout)) == 1
+
+
+def test_a_rollout_changes_no_weight_and_leaves_no_gradient() -> None:
+    model = a_model()
+    rolled(replace(CONFIG, num_epochs=2), model=model)
+    for p, q in zip(model.parameters(), a_model().parameters(), strict=True):
+        assert torch.equal(p, q) and p.grad is None
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("advantages", torch.zeros(14)), ("ref_logprobs", torch.zeros(15, 9)),
+     ("support", torch.zeros(15, 2, 4)), ("prompt_places", torch.arange(4))],
+)  # fmt: skip
+def test_a_rollout_with_parts_that_do_not_fit_is_refused(field: str, value: Tensor) -> None:
+    with pytest.raises(ValueError, match=f"{field} must have shape"):
+        replace(rolled()[0], **{field: value})
