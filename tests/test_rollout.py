@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minigrpo import rollout as rollout_module
+from minigrpo import update as update_module
 from minigrpo.checkpoint import make_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
@@ -254,6 +255,27 @@ def test_the_ratio_is_exactly_1_before_the_first_step(precision: str, num_miniba
         assert gap < (1e-4 if precision == "float32" else 0.5)
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert gradients.abs().max() > 1e-3
+
+
+def test_the_scoring_pass_goes_over_the_rows_as_the_first_epoch_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """9 and 6 rows in micro-batches of 4: on a GPU, another shape is another value."""
+    config, model, seen = replace(CONFIG, num_minibatches=2, num_epochs=2), a_model(), []
+
+    def spy(*arguments: object) -> object:
+        seen.append(arguments[3])
+        return completion_scores(*arguments)
+
+    monkeypatch.setattr(rollout_module, "completion_scores", spy)
+    monkeypatch.setattr(update_module, "completion_scores", spy)
+    rollout, _ = rolled(config, model=model)
+    scored = len(seen)
+    frozen = torch.optim.SGD(model.parameters())
+    update_policy(model, frozen, rollout, config, 0, 0.0, 4)
+    assert [len(rows) for rows in seen[:scored]] == [4, 4, 1, 4, 2]
+    for then, now in zip(seen[:scored], seen[scored : 2 * scored], strict=True):
+        assert torch.equal(then, now)
 
 
 def test_autocast_reaches_sampler_old_and_reference() -> None:
