@@ -1,0 +1,209 @@
+"""The supervised loss against plain cross-entropy, slow loops and numerical gradients."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigrpo.config import SFTConfig
+from minigrpo.data import SFTBatch
+from minigrpo.policy import completion_scores
+from minigrpo.sft import sft_loss, smoothing_matrix, supervised_step
+from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
+
+VOCAB = 13
+VALUES = torch.tensor(  # three words and ten numbers, unevenly spaced
+    [math.nan, math.nan, -1.0, -0.9, -0.7, math.nan, 0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3],
+    dtype=torch.float64,
+)
+
+
+def a_model(seed: int = 1, tied: bool = False) -> Transformer:
+    model = Transformer(TransformerConfig("qwen2", VOCAB, 12, 17, 2, 2, 1, 6, tied_head=tied))
+    initialise(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        (model.embed if tied else model.head).weight.mul_(30.0)  # far from uniform
+    return model.double()
+
+
+def a_batch(fill: int = 0) -> SFTBatch:
+    """Five rows: prompts of 1 to 4 tokens, completions of 1 to 6 (EOS is 1), right-padded to 9."""
+    prompts, completions = torch.tensor([1, 4, 2, 3, 1]), torch.tensor([6, 5, 1, 3, 2])
+    tokens = torch.randint(2, VOCAB, (5, 9), generator=torch.Generator().manual_seed(2))
+    place = torch.arange(9).expand(5, 9)
+    ends = (prompts + completions).view(5, 1)
+    tokens[place == ends - 1] = 1
+    mask = place < ends
+    return SFTBatch(tokens.where(mask, fill), mask, mask & (place >= prompts.view(5, 1)))
+
+
+def slow_smoothing(width: float) -> torch.Tensor:
+    rows = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
+    for i, a in enumerate(VALUES.tolist()):
+        for j, b in enumerate(VALUES.tolist()):
+            if math.isnan(a) or math.isnan(b):
+                rows[i, j] = float(i == j)
+            else:
+                rows[i, j] = math.exp(-((a - b) ** 2) / (2 * width**2))
+    return rows / rows.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("width", [0.02, 0.15, 2.0])
+def test_the_smoothing_matrix_is_that_of_a_slow_loop(width):
+    got = smoothing_matrix(VALUES, width)
+    assert torch.allclose(got, slow_smoothing(width), rtol=0, atol=1e-12)
+    assert torch.allclose(got.sum(dim=1), torch.ones(VOCAB).double(), rtol=0, atol=1e-12)
+    words = VALUES.isnan()
+    assert torch.equal(got[words], torch.eye(VOCAB).double()[words])  # they keep their mass
+    assert not got[~words][:, words].any()  # and get none: no number is a bit of a stop
+    assert (got.argmax(dim=1) == torch.arange(VOCAB)).all()
+
+
+def test_width_zero_is_the_identity():
+    assert torch.equal(smoothing_matrix(VALUES, 0.0), torch.eye(VOCAB).double())
+    assert torch.allclose(smoothing_matrix(VALUES, 0.005), torch.eye(VOCAB).double(), atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_the_loss_is_cross_entropy_on_the_labelled_tokens(tied):
+    model, batch = a_model(tied=tied), a_batch()
+    labels = torch.where(batch.completion_mask, batch.tokens, -100)
+    z = model(batch.tokens, None, None, logits)
+    expected = F.cross_entropy(
+        z[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
+    )
+    assert math.isclose(sft_loss(model, batch, None), expected, rel_tol=1e-12)
+
+
+@torch.no_grad()
+def test_the_loss_is_minus_the_logprob_that_the_policy_gives_the_completions():
+    """One row at a time through the scorer at temperature 1: first token and EOS included."""
+    model, batch, total = a_model(), a_batch(), 0.0
+    for n in range(5):
+        prompt = batch.tokens[n][batch.mask[n] & ~batch.completion_mask[n]].view(1, -1)
+        completion = batch.tokens[n][batch.completion_mask[n]].view(1, -1)
+        assert completion[0, -1] == 1
+        mask = torch.ones_like(prompt).bool()
+        total -= completion_scores(model, prompt, mask, completion, None, 1.0).logprobs.sum()
+    assert math.isclose(sft_loss(model, batch, None), total, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.15])
+@torch.no_grad()
+def test_the_smoothed_loss_is_that_of_a_slow_loop(width):
+    model, batch = a_model(), a_batch()
+    targets = torch.eye(VOCAB).double() if width == 0 else slow_smoothing(width)
+    logp = F.log_softmax(model(batch.tokens, None, None, logits), dim=-1)
+    expected = 0.0
+    for n, k in batch.completion_mask.nonzero().tolist():
+        expected -= float(targets[batch.tokens[n, k]] @ logp[n, k - 1])
+    loss = sft_loss(model, batch, smoothing_matrix(VALUES, width))
+    assert math.isclose(loss, expected, rel_tol=1e-12)
+    if width == 0:
+        assert math.isclose(loss, sft_loss(model, batch, None), rel_tol=1e-12)
+
+
+@torch.no_grad()
+def test_only_labelled_tokens_have_a_loss():
+    model, batch = a_model(), a_batch()
+    loss = float(sft_loss(model, batch, None))
+    assert math.isclose(loss, sft_loss(model, a_batch(fill=1), None), rel_tol=1e-12)  # pad is eos
+    alone = [sft_loss(model, batch.rows(torch.tensor([n])), None) for n in range(5)]
+    assert math.isclose(loss, sum(alone), rel_tol=1e-12)
+    longer = SFTBatch(
+        *(F.pad(t, (0, 4)) for t in (batch.tokens, batch.mask, batch.completion_mask))
+    )
+    assert math.isclose(loss, sft_loss(model, longer, None), rel_tol=1e-12)
+    unlabelled = replace(batch, completion_mask=torch.zeros_like(batch.mask))
+    assert sft_loss(model, unlabelled, None) == 0
+
+
+@pytest.mark.parametrize("width", [None, 0.15])
+def test_the_gradient_is_the_slope_of_the_loss(width):
+    model, batch = a_model(tied=True), a_batch()
+    smoothing = None if width is None else smoothing_matrix(VALUES, width)
+    sft_loss(model, batch, smoothing).backward()
+    parameters = list(model.parameters())
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        directions = [torch.randn(p.shape, generator=generator).double() for p in parameters]
+        slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, directions, strict=True))
+
+        def loss_at(distance: float, directions=directions) -> float:
+            with torch.no_grad():
+                for p, d in zip(parameters, directions, strict=True):
+                    p += distance * d
+                value = float(sft_loss(model, batch, smoothing))
+                for p, d in zip(parameters, directions, strict=True):
+                    p -= distance * d
+            return value
+
+        numerical = [(loss_at(h) - loss_at(-h)) / (2 * h) for h in (2e-5, 1e-5)]
+        assert math.isclose(slope, (4 * numerical[1] - numerical[0]) / 3, rel_tol=1e-6)
+
+
+def step_of(model: Transformer, batch: SFTBatch, rate: float, **changes: object):
+    config = SFTConfig(**({"micro_batch_size": 128, "max_grad_norm": 1e9} | changes))
+    optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
+    return supervised_step(model, optimizer, batch, None, config, rate)
+
+
+def parameters_of(model: Transformer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
+def test_one_step_follows_the_gradient_of_the_token_mean_for_every_micro_batch_size(
+    micro_batch_size,
+):
+    """Plain gradient descent shows the gradient itself: change = -rate * gradient."""
+    model, batch, rate = a_model(), a_batch(), 0.01
+    before, num = parameters_of(model), int(batch.completion_mask.sum())
+    loss = sft_loss(model, batch, None) / num
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    metrics = step_of(model, batch, rate, micro_batch_size=micro_batch_size)
+    assert torch.allclose(parameters_of(model), before - rate * gradient, rtol=0, atol=1e-12)
+    assert math.isclose(metrics["loss/total"], loss.item(), rel_tol=1e-12)
+    assert math.isclose(metrics["update/grad_norm"], gradient.norm(), rel_tol=1e-5)
+    assert metrics["update/learning_rate"] == rate
+
+
+def test_a_long_gradient_is_scaled_down_to_the_limit():
+    model, batch = a_model(), a_batch()
+    before = parameters_of(model)
+    metrics = step_of(model, batch, 0.01, max_grad_norm=0.05)
+    assert metrics["update/grad_norm"] > 0.1
+    assert math.isclose((parameters_of(model) - before).norm(), 0.01 * 0.05, rel_tol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported():
+    model, batch = a_model(), a_batch()
+    with torch.no_grad():
+        model.norm.weight[3] = torch.inf
+    before = parameters_of(model)
+    metrics = step_of(model, batch, 0.01)
+    assert not math.isfinite(metrics["update/grad_norm"])
+    assert torch.equal(parameters_of(model), before)
+
+
+def test_bfloat16_autocast_is_close_and_the_weights_stay_float32():
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        model = a_model().float()
+        losses.append(step_of(model, a_batch(), 0.0, precision=precision)["loss/total"])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 0 < abs(losses[1] / losses[0] - 1) < 0.03  # 8 bits
+
+
+def test_repeated_steps_learn_a_batch_by_heart():
+    model, batch = a_model().float(), a_batch()
+    config = SFTConfig(micro_batch_size=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    losses = [
+        supervised_step(model, optimizer, batch, None, config, 0.01)["loss/total"]
+        for _ in range(60)
+    ]
+    assert losses[-1] < 0.05 < losses[0]

@@ -1,0 +1,306 @@
+"""Numbers as tokens, prompts as chat, and the way back to text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from minigrpo.data import Task, demonstrations, make_prompts
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.lqr import QuadraticCost, lqr_controls
+from minigrpo.prompts import Codec, parse_controls, prompt_text, render_controls, system_text
+from minigrpo.tokenizer import (
+    decode_completions,
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    number_features,
+    number_tokenizer,
+    pad_id,
+    token_values,
+)
+from minigrpo.transformer import Transformer, TransformerConfig, save_transformer
+
+PLANT, NUMBERS, WORDS = DoubleIntegrator(), Codec(), Codec("words", 3)
+NUMBER_TOKENIZER = number_tokenizer(PLANT, NUMBERS)
+STARTS = torch.tensor([[0.5, -0.3], [0.0, 0.0], [-0.8, 0.8], [0.07, -0.01]], dtype=torch.float64)
+CHAT_ML = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = CHAT_ML) -> PreTrainedTokenizerFast:
+    """Byte-level pairs learned from a few prompts; like Llama's it puts BOS before a text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    texts = [prompt_text(start, PLANT, WORDS) for start in STARTS] + [system_text(PLANT, WORDS)]
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=template,
+    )
+
+
+def messages_of(start: torch.Tensor) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": system_text(PLANT, WORDS)},
+        {"role": "user", "content": prompt_text(start, PLANT, WORDS)},
+    ]
+
+
+def test_every_number_of_the_grid_is_one_token_and_comes_back():
+    texts = [f"{n / 100:.2f}" for n in range(-300, 301)]
+    texts[300] = "0.00"
+    ids = [NUMBER_TOKENIZER.encode(text) for text in texts]
+    assert all(len(row) == 1 for row in ids)
+    assert len({row[0] for row in ids}) == 601
+    assert [NUMBER_TOKENIZER.decode(row) for row in ids] == texts
+    assert len(NUMBER_TOKENIZER) == 601 + 3 + 3  # pad, eos, unknown; position, velocity, controls
+    assert NUMBER_TOKENIZER.unk_token_id not in {row[0] for row in ids}
+
+
+@pytest.mark.parametrize(
+    "plant, codec",
+    [
+        (PLANT, NUMBERS),
+        (DoubleIntegrator(start_decimals=3, start_bound=0.011), NUMBERS),  # finer than controls
+        (PLANT, Codec(decimals=1)),
+        (DoubleIntegrator(control_bound=0.5), NUMBERS),  # starts beyond the controls
+        (DoubleIntegrator(control_bound=0.29, start_bound=0.1), NUMBERS),  # times 100 is 28.999...
+        (DoubleIntegrator(control_bound=0.255, start_bound=0.1), NUMBERS),  # 0.26 is beyond it
+    ],
+)
+def test_no_prompt_and_no_control_holds_an_unknown_word(plant, codec):
+    tokenizer = number_tokenizer(plant, codec)
+    grid = plant.start_grid()
+    for start in (grid[0], grid[-1], grid[len(grid) // 3], grid[len(grid) // 2]):
+        ids = encode_prompt(tokenizer, start, plant, codec)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == prompt_text(start, plant, codec)
+    limit = int(plant.control_bound * 10**codec.decimals + 1e-9)
+    for n in range(-limit, limit + 1):
+        control = torch.tensor([n / 10**codec.decimals])
+        assert tokenizer.unk_token_id not in encode_completion(tokenizer, control, codec)
+    largest = max(limit / 10**codec.decimals, plant.start_bound)  # starts are written too
+    beyond = torch.tensor([largest + 10**-codec.decimals])
+    assert tokenizer.unk_token_id in encode_completion(tokenizer, beyond, codec)
+
+
+def test_the_number_tokenizer_is_for_numbers():
+    with pytest.raises(ValueError, match="style must be numbers"):
+        number_tokenizer(PLANT, WORDS)
+
+
+def test_a_completion_is_one_token_for_each_control_and_eos():
+    plan = lqr_controls(STARTS[:1], PLANT, QuadraticCost(), decimals=2)[0]
+    ids = encode_completion(NUMBER_TOKENIZER, plan, NUMBERS)
+    assert len(ids) == PLANT.horizon + 1
+    assert ids[-1] == NUMBER_TOKENIZER.eos_token_id and ids.count(ids[-1]) == 1
+    assert [float(NUMBER_TOKENIZER.decode([token])) for token in ids[:-1]] == pytest.approx(
+        plan.tolist(), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("style", ["numbers", "words"])
+def test_prompt_and_completion_ids_are_what_supervised_training_sees(style):
+    """The rows of SFT begin with the ids that GRPO and evaluation are given as a prompt."""
+    codec = NUMBERS if style == "numbers" else WORDS
+    tokenizer = NUMBER_TOKENIZER if style == "numbers" else chat_tokenizer()
+    task = Task(PLANT, QuadraticCost(), codec, tokenizer, 999)
+    data, prompts = demonstrations(STARTS, task), make_prompts(STARTS, torch.arange(4), task)
+    plans = lqr_controls(STARTS, PLANT, QuadraticCost(), decimals=codec.decimals)
+    for n in range(4):
+        prompt = prompts.tokens[n][prompts.mask[n]].tolist()
+        assert prompt == encode_prompt(tokenizer, STARTS[n], PLANT, codec)
+        whole = data.tokens[n][data.mask[n]].tolist()
+        assert whole == prompt + encode_completion(tokenizer, plans[n], codec)
+        assert prompts.mask[n].tolist() == sorted(prompts.mask[n].tolist())  # padding is left
+        assert prompts.texts[n] == prompt_text(STARTS[n], PLANT, codec)
+
+
+def test_the_chat_prompt_is_the_template_applied_once():
+    tokenizer = chat_tokenizer()
+    for start in STARTS:
+        ids = encode_prompt(tokenizer, start, PLANT, WORDS)
+        expected = tokenizer.apply_chat_template(
+            messages_of(start), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert ids == expected
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+        assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+
+
+def test_prompt_and_answer_are_the_tokens_of_the_whole_conversation():
+    tokenizer = chat_tokenizer()
+    plan = lqr_controls(STARTS[:1], PLANT, QuadraticCost(), decimals=3)[0]
+    answer = {"role": "assistant", "content": render_controls(plan, WORDS)}
+    conversation = tokenizer.apply_chat_template(
+        [*messages_of(STARTS[0]), answer], tokenize=True, return_dict=False
+    )
+    ids = encode_prompt(tokenizer, STARTS[0], PLANT, WORDS)
+    ids += encode_completion(tokenizer, plan, WORDS)
+    assert conversation[: len(ids)] == ids
+    assert tokenizer.decode(conversation[len(ids) :]) == "\n"  # the template's, after the answer
+
+
+def test_without_a_chat_template_system_and_question_are_two_lines_after_bos():
+    tokenizer = chat_tokenizer(template=None)
+    ids = encode_prompt(tokenizer, STARTS[0], PLANT, WORDS)
+    system, question = (message["content"] for message in messages_of(STARTS[0]))
+    assert tokenizer.decode(ids) == f"<|bos|>{system}\n{question}\n"
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_transformers_reloads_the_number_tokenizer_with_equal_ids_and_text(with_model, tmp_path):
+    """Also beside a config.json, whose model_type could make transformers pick another class."""
+    if with_model:
+        config = TransformerConfig("llama", len(NUMBER_TOKENIZER), 8, 8, 1, 1, 1, 8)
+        save_transformer(Transformer(config), tmp_path)
+    NUMBER_TOKENIZER.save_pretrained(tmp_path)
+    prompt = prompt_text(STARTS[0], PLANT, NUMBERS)
+    answer = render_controls(lqr_controls(STARTS[:1], PLANT, QuadraticCost())[0], NUMBERS)
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert again.get_vocab() == NUMBER_TOKENIZER.get_vocab()
+        for text in (prompt, answer):
+            ids = again.encode(text)
+            assert ids == NUMBER_TOKENIZER.encode(text)
+            assert again.decode(ids) == text
+        for name in ("eos_token_id", "pad_token_id", "unk_token_id", "padding_side"):
+            assert getattr(again, name) == getattr(NUMBER_TOKENIZER, name)
+        assert again.padding_side == "left"
+
+
+def test_a_chat_tokenizer_survives_the_folder(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    for start in STARTS:
+        ids = encode_prompt(again, start, PLANT, WORDS)
+        assert ids == encode_prompt(tokenizer, start, PLANT, WORDS)
+
+
+def padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    mask = torch.tensor([[c < len(row) for c in range(width)] for row in rows])
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows]), mask
+
+
+@pytest.mark.parametrize("style", ["numbers", "words"])
+@pytest.mark.parametrize("fill", ["pad", "eos"])
+def test_what_is_encoded_decodes_to_the_same_text_and_parses(style, fill):
+    codec = NUMBERS if style == "numbers" else WORDS
+    tokenizer = NUMBER_TOKENIZER if style == "numbers" else chat_tokenizer()
+    plans = lqr_controls(STARTS, PLANT, QuadraticCost(), decimals=codec.decimals)
+    rows = [encode_completion(tokenizer, plan, codec) for plan in plans]
+    tokens, mask = padded(rows, getattr(tokenizer, f"{fill}_token_id"))
+    texts = decode_completions(tokenizer, tokens, mask)
+    assert texts == [render_controls(plan, codec) for plan in plans]
+    parsed = parse_controls(texts, torch.ones(4).bool(), PLANT, codec)
+    assert parsed.is_valid.all()
+    assert torch.allclose(parsed.controls, plans.round(decimals=codec.decimals), atol=1e-12)
+
+
+@pytest.mark.parametrize("style", ["numbers", "words"])
+def test_a_special_token_inside_a_completion_spoils_it(style):
+    """Dropped silently, it would be free filler that the reward can't see."""
+    codec = NUMBERS if style == "numbers" else WORDS
+    tokenizer = NUMBER_TOKENIZER if style == "numbers" else chat_tokenizer()
+    plan = lqr_controls(STARTS[:1], PLANT, QuadraticCost(), decimals=codec.decimals)[0]
+    good = encode_completion(tokenizer, plan, codec)
+    stray = tokenizer.pad_token_id
+    rows = [good, [stray, *good], [*good[:9], stray, *good[9:]], [*good[:-1], stray, good[-1]]]
+    rows.append([*good[:9], good[-1], *good[9:]])  # an EOS that is not the end
+    texts = decode_completions(tokenizer, *padded(rows, stray))
+    parsed = parse_controls(texts, torch.ones(5).bool(), PLANT, codec)
+    assert parsed.is_valid.tolist() == [True, False, False, False, False]
+
+
+def test_a_row_that_was_cut_off_keeps_its_last_token_and_an_empty_one_is_empty():
+    five, eos = NUMBER_TOKENIZER.encode("1.20 -0.35 0.00 2.99 -3.00"), NUMBER_TOKENIZER.eos_token_id
+    tokens = torch.tensor([five, [*five[:2], eos, eos, eos], [eos] * 5])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    assert decode_completions(NUMBER_TOKENIZER, tokens, mask) == [
+        "1.20 -0.35 0.00 2.99 -3.00",
+        "1.20 -0.35",
+        "",
+    ]
+
+
+def test_pad_falls_back_to_eos():
+    tokenizer = chat_tokenizer()
+    assert pad_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert pad_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold a tokenizer"):
+        load_tokenizer(tmp_path)
+    tokenizer = number_tokenizer(PLANT, NUMBERS)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
+    NUMBER_TOKENIZER.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": [None, "evil.Evil"]},
+    }
+    path.write_text(json.dumps(values))
+    marker = tmp_path / "executed"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    try:
+        load_tokenizer(tmp_path)
+    except ValueError:
+        pass
+    assert not marker.exists()
+    assert not list(Path(tmp_path).glob("__pycache__"))
+
+
+def test_token_values_are_the_numbers_and_nothing_else():
+    values = token_values(NUMBER_TOKENIZER, 611)
+    vocabulary = NUMBER_TOKENIZER.get_vocab()
+    assert len(values) == 611
+    for token, index in vocabulary.items():
+        if token[0].isalpha() or token[0] == "<":
+            assert values[index].isnan()
+        else:
+            assert f"{values[index]:.2f}" == token
+    assert values[607:].isnan().all()
+
+
+def test_number_features_are_near_for_near_numbers_and_zero_for_words():
+    values = token_values(NUMBER_TOKENIZER, len(NUMBER_TOKENIZER))
+    features = number_features(values, 32)
+    assert features.shape == (607, 32)
+    assert not features[values.isnan()].any()
+    place = NUMBER_TOKENIZER.get_vocab()
+
+    def distance(a: str, b: str) -> float:
+        return float((features[place[a]] - features[place[b]]).norm())
+
+    assert 0 < distance("1.20", "1.21") < distance("1.20", "1.25") < distance("1.20", "1.60")
+    assert distance("1.20", "1.60") < distance("1.20", "-2.80")
+    assert abs(distance("0.10", "0.11") - distance("-2.51", "-2.50")) < 1e-4  # the same anywhere
