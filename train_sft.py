@@ -53,7 +53,7 @@ def build(config: SFTConfig) -> tuple[Transformer, Task]:
         folder = find_pretrained(config.model)
         model, tokenizer = load_transformer(folder), load_tokenizer(folder)
         return model, make_task(plant, cost, Codec(style="words", decimals=3), tokenizer)
-    codec = Codec(style="numbers", decimals=2)
+    codec = Codec(style="numbers", decimals=2, row_length=config.row_length)
     tokenizer = number_tokenizer(plant, codec)
     shape = TransformerConfig(
         model_type="llama",

@@ -132,6 +132,11 @@ class SFTConfig(RunSettings):
     )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
+    row_length: int = flag(
+        10,
+        "tiny model: a row number stands after every so many controls, to count by; 0: none",
+        at_least=0,
+    )
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)
@@ -148,6 +153,12 @@ class GRPOConfig(RunSettings):
         "ckpt/sft", "folder of the SFT model to start from, also the reference of the KL term"
     )
     save_dir: str = flag("ckpt/grpo", "run folder; the best model lies at its top level")
+    measure_signal: int = flag(
+        0,
+        "measure the cosine between the gradients of that many independent rollouts and exit; "
+        "0 trains",
+        at_least=0,
+    )
     steps: int = flag(200, "rollouts", at_least=1)
     prompts_per_step: int = flag(32, "prompts of one rollout, over all ranks", at_least=1)
     group_size: int = flag(16, "completions per prompt", at_least=2)
@@ -203,6 +214,13 @@ class GRPOConfig(RunSettings):
     reward_constraints: float = flag(2.0, "points lost per violation", at_least=0)
     reward_constraints_cap: float = flag(20.0, "most points lost by violations", at_least=0)
     reward_validity: float = flag(10.0, "weight of the share of states within bounds", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.measure_signal in (1, 2):
+            raise ValueError(f"measure_signal must be 0 or at least 3, got {self.measure_signal}")
+        if self.measure_signal and self.resume:
+            raise ValueError("measure_signal and resume must not both be given: it looks at --init")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from minigrpo.grpo import (
 )
 from minigrpo.lqr import continued_by_lqr
 from minigrpo.policy import ActingPolicy, completion_scores
-from minigrpo.prompts import ParsedControls, parse_controls
+from minigrpo.prompts import ParsedControls, controls_before_tokens, parse_controls
 from minigrpo.reward import Rewards
 from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.shapes import check_shapes
@@ -232,12 +232,13 @@ def control_variates(
 ) -> Tensor:
     """What the plan so far would be worth if LQR took over: [N, C], known before token k is drawn.
 
-    Needs one token a control; the token after them is EOS, whose variate is the reward itself. A
-    group with malformed text keeps its plain advantages (all its variates are 0): there the gap to
-    valid text is the lesson.
+    Needs one token a control; what follows the last one, EOS included, has the reward itself as its
+    variate. A group with malformed text keeps its plain advantages (all its variates are 0): there
+    the gap to valid text is the lesson.
     """
     parsed, flown = experience.parsed, experience.trajectories
     horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
+    before = torch.tensor(controls_before_tokens(horizon, task.codec))
     variates = torch.zeros(len(parsed.is_valid), length, dtype=torch.float64)
     whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
     rows = repeat(whole, "p -> (p g)", g=group_size).nonzero().flatten()
@@ -250,8 +251,9 @@ def control_variates(
         valid = torch.ones(len(plans), dtype=torch.bool)
         written = ParsedControls(plans, valid, torch.full((len(plans),), horizon))
         total = reward(written, task.plant.simulate(starts, plans)).total
-        variates[chosen, :horizon] = rearrange(total, "(n k) -> n k", k=horizon)
-        variates[chosen, horizon] = experience.rewards.total[chosen]
+        worth = rearrange(total, "(n k) -> n k", k=horizon)  # of the plan with k controls written
+        whole_plan = rearrange(experience.rewards.total[chosen], "n -> n 1")
+        variates[chosen, : len(before)] = torch.cat([worth, whole_plan], dim=1)[:, before]
     return variates
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.prompts import Codec, prompt_text, render_controls, system_text
+from minigrpo.prompts import Codec, format_number, prompt_text, render_controls, system_text
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -31,10 +31,11 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
         raise ValueError(f"style must be numbers for the number tokenizer, got {codec.style}")
     steps = math.floor(plant.control_bound * 10**codec.decimals + 1e-9)
     grid = torch.arange(-steps, steps + 1, dtype=torch.float64) / 10**codec.decimals
-    numbers = dict.fromkeys(render_controls(grid, codec).split())
+    numbers = dict.fromkeys(format_number(value, codec.decimals) for value in grid.tolist())
     values = dict.fromkeys(plant.start_grid()[:, 0].tolist())  # with them every word of a prompt
     prompts = " ".join(prompt_text(torch.tensor([v, v]), plant, codec) for v in values)
-    words = [word for word in dict.fromkeys(prompts.split()) if word not in numbers]
+    answer = render_controls(torch.zeros(plant.horizon), codec)  # for the marks of its rows
+    words = [word for word in dict.fromkeys(f"{prompts} {answer}".split()) if word not in numbers]
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *words, *numbers])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
