@@ -1,0 +1,140 @@
+"""Measure a model, and a baseline beside it, against LQR on starts that no training has seen.
+
+    python evaluate.py --model-path ckpt/grpo --baseline ckpt/sft
+
+save_dir gets evaluation.json (every number), cases.csv (every start, to compute them again), PNGs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from minigrpo import evaluation, plots
+from minigrpo.checkpoint import load_model
+from minigrpo.config import EvalConfig, parse_flags, resolve
+from minigrpo.data import Task, split_starts
+from minigrpo.distributed import process_group
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.evaluation import Results
+from minigrpo.policy import ActingPolicy
+from minigrpo.runs import run_command, write_text
+from minigrpo.transformer import Transformer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    resolved = resolve(EvalConfig, parse_flags(EvalConfig, arguments), preset="")
+    config = resolved.config
+    folder = Path(config.save_dir or f"{config.model_path}/evaluation")
+    if (folder / "evaluation.json").exists() and not config.overwrite:
+        raise ValueError(f"save_dir {folder} already holds an evaluation; --overwrite replaces it")
+    models = load_policies(config)
+    task = next(iter(models.values()))[1]
+    starts = choose_starts(config, task.plant)
+    with process_group(config.device) as device:
+        print(resolved.table())
+        print(f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}")
+        if config.skip_mpc:
+            print("MPC IS SKIPPED: null in evaluation.json, in no statistic")
+        else:
+            count, horizon = len(starts[: config.mpc_cases]), task.plant.horizon
+            print(
+                f"MPC runs from the first {count} starts, {horizon} plans each; --skip-mpc omits it"
+            )
+        policies = run_policies(models, starts, config, device)
+    results = {
+        "lqr": {"greedy": evaluation.lqr_results(starts, task)},
+        "lqr_rounded": {"greedy": evaluation.lqr_results(starts, task, task.codec.decimals)},
+        **policies,
+    }
+    report = evaluation.make_report(results, task, config.seed)
+    content = json.dumps(asdict(report) | {"config": asdict(config)}, indent=2, allow_nan=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "cases.csv", evaluation.cases_csv(results))
+    write_text(folder / "evaluation.json", content + "\n")
+    if find_spec("matplotlib") is None:
+        print("no plots: they need an extra, pip install -e .[plots]")
+    else:
+        draw_plots(folder, results, task.plant, Path(config.model_path) / "metrics.jsonl")
+    print(evaluation.table(report))
+    print(*sorted(str(path) for path in folder.iterdir() if path.is_file()), sep="\n")
+
+
+def load_policies(config: EvalConfig) -> dict[str, tuple[Transformer, Task]]:
+    """The models by the names of their rows: beside a baseline, which is sft, the model is grpo."""
+    model, task, manifest = load_model(Path(config.model_path))
+    if not config.baseline:
+        return {manifest.stage: (model, task)}
+    base, base_task, _ = load_model(Path(config.baseline))
+    if (base_task.plant, base_task.cost) != (task.plant, task.cost):
+        raise ValueError(
+            f"baseline {config.baseline} must have the plant and cost of {config.model_path}, "
+            f"{task.plant} {task.cost}, got {base_task.plant} {base_task.cost}"
+        )
+    return {"sft": (base, base_task), "grpo": (model, task)}
+
+
+def choose_starts(config: EvalConfig, plant: DoubleIntegrator) -> Tensor:
+    """The first held-out starts [K, 2], or those of a file."""
+    split = split_starts(plant)
+    if not config.initial_states:
+        return split.test[: config.num_cases]
+    starts = evaluation.read_starts(Path(config.initial_states), plant)
+    trained = set(map(tuple, split.training.tolist()))
+    num_trained = sum(start in trained for start in map(tuple, starts.tolist()))
+    print(
+        f"{num_trained} of the {len(starts)} starts in {config.initial_states} are training starts"
+    )
+    return starts
+
+
+def run_policies(
+    models: dict[str, tuple[Transformer, Task]],
+    starts: Tensor,
+    config: EvalConfig,
+    device: torch.device,
+) -> Results:
+    """Every model in every mode; a skipped mode is absent."""
+    acting = ActingPolicy(config.temperature, config.top_p)
+    modes = ("greedy", "sampled") if config.skip_mpc else ("greedy", "sampled", "mpc")
+    results: Results = {name: {} for name in models}
+    for name, mode in tqdm([(name, mode) for name in models for mode in modes], disable=None):
+        model, task = models[name][0].to(device).eval(), models[name][1]
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            if mode == "mpc":
+                steps = partial(tqdm, desc=f"{name} mpc", unit="step", leave=False, disable=None)
+                results[name][mode] = evaluation.receding_horizon(
+                    model, starts[: config.mpc_cases], task, progress=steps
+                )
+            else:
+                results[name][mode] = evaluation.evaluate_policy(
+                    model, starts, task, acting if mode == "sampled" else None, config.seed
+                )
+    return results
+
+
+def draw_plots(folder: Path, results: Results, plant: DoubleIntegrator, metrics: Path) -> None:
+    greedy = {name: modes["greedy"] for name, modes in results.items() if name != "lqr_rounded"}
+    states = {name: result.states for name, result in greedy.items()}
+    controls = {name: result.controls for name, result in greedy.items()}
+    bounds = plant.state_bound, plant.control_bound
+    plots.plot_time_series(folder / "time_series.png", states, controls, plant.dt, *bounds)
+    plots.plot_phase_portrait(folder / "phase_portrait.png", states, plant.state_bound)
+    mpc = {f"{name} mpc": modes["mpc"].states for name, modes in results.items() if "mpc" in modes}
+    shared = min(len(flown) for flown in (*states.values(), *mpc.values()))  # starts of every line
+    lines = {name: flown[:shared] for name, flown in (states | mpc).items()}
+    plots.plot_error_by_step(folder / "error_by_step.png", lines, plant.dt)
+    if metrics.is_file():
+        plots.plot_learning_curve(folder / "learning_curve.png", metrics)
+
+
+if __name__ == "__main__":
+    run_command(main)
