@@ -1,6 +1,7 @@
 """Supervised fine-tuning on LQR demonstrations: python train_sft.py [--help].
 
-A fixed, seeded set of demonstrations. The checkpoint with the best greedy reward on validation starts is published in
+A fixed, seeded set of demonstrations. The checkpoint with the best greedy reward on validation
+starts is published in
 save_dir, so that GRPO has to beat supervised training at its best.
 """
 
@@ -47,7 +48,7 @@ from minigrpo.transformer import (
 
 
 def build(config: SFTConfig) -> tuple[Transformer, Task]:
-    """The model to train and its task: a small one from scratch, or a pretrained one with its tokenizer."""
+    """The model to train and its task: a small one from scratch, or a pretrained one."""
     plant, cost = DoubleIntegrator(dt=config.dt, horizon=config.horizon), QuadraticCost()
     if config.preset == "pretrained":
         folder = find_pretrained(config.model)
@@ -74,7 +75,7 @@ def build(config: SFTConfig) -> tuple[Transformer, Task]:
 
 
 def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:
-    """This rank's rows of one step's batch: every epoch is its own permutation, cut into batches."""
+    """This rank's rows of a step's batch: every epoch is its own permutation, cut into batches."""
     batches = max(1, num_rows // config.batch_size)
     epoch, place = divmod(step, batches)
     order = keyed_generator(config.seed, "batches", epoch).permutation(num_rows)
@@ -86,13 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     given = parse_flags(SFTConfig, arguments)
     preset = str(given.get("preset", "pretrained" if given.get("model") else "tiny"))
-    saved = saved_config(Path(str(given.get("save_dir", SFTConfig.save_dir)))) if given.get("resume") else None
+    saved = (
+        saved_config(Path(str(given.get("save_dir", SFTConfig.save_dir))))
+        if given.get("resume")
+        else None
+    )
     resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)
     config = resolved.config
     if config.preset == "pretrained" and not config.model:
-        raise ValueError("model must name a folder or hub model with preset pretrained, got nothing")
+        raise ValueError(
+            "model must name a folder or hub model with preset pretrained, got nothing"
+        )
     if config.width % config.num_heads:
-        raise ValueError(f"width must be a multiple of num_heads={config.num_heads}, got {config.width}")
+        raise ValueError(
+            f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"
+        )
     torch.set_float32_matmul_precision(config.matmul_precision)
     folder = Path(config.save_dir)
     with (
@@ -102,16 +111,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         model, task = build(config)
         manifest = Manifest(
-            "sft", config.preset, task.plant, task.cost, task.codec, vars(config).copy(), resolved.sources
+            "sft",
+            config.preset,
+            task.plant,
+            task.cost,
+            task.codec,
+            vars(config).copy(),
+            resolved.sources,
         )
         model.to(device)
-        optimizer = adamw(model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay)
+        optimizer = adamw(
+            model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
+        )
         start = latest_checkpoint(folder) if config.resume else None
         done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
         run.record_attempt(vars(config), device)
         split = split_starts(task.plant)
         order = keyed_generator(config.seed, "demonstrations").permutation(len(split.training))
-        data = demonstrations(split.training[torch.from_numpy(order[: config.num_demonstrations])], task)
+        data = demonstrations(
+            split.training[torch.from_numpy(order[: config.num_demonstrations])], task
+        )
         validation = split.validation[: config.eval_cases]
         smoothing: Tensor | None = None
         if config.smoothing_width > 0 and task.codec.style == "numbers":
@@ -138,19 +157,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stopped = False
         for step in range(done, config.steps):
             began = time.perf_counter()
-            rate = cosine_learning_rate(step, config.steps, config.learning_rate, config.warmup_steps)
+            rate = cosine_learning_rate(
+                step, config.steps, config.learning_rate, config.warmup_steps
+            )
             batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
             metrics = supervised_step(model, optimizer, batch, smoothing, config, rate)
             metrics["time/step_s"] = time.perf_counter() - began
             if not math.isfinite(metrics["update/grad_norm"]):
-                raise FloatingPointError(f"the gradient of step {step + 1} is not finite; lower learning_rate")
+                raise FloatingPointError(
+                    f"the gradient of step {step + 1} is not finite; lower learning_rate"
+                )
             last = step + 1 == config.steps
             stopped = any_rank(stop.requested())
             if last or (step + 1) % config.eval_every == 0:
                 metrics |= evaluate(step + 1)
             run.log(step + 1, metrics)
             if last or stopped or (step + 1) % config.save_every == 0:
-                save_checkpoint(folder, step + 1, model, optimizer, task, manifest, {"step": step + 1})
+                save_checkpoint(
+                    folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}
+                )
                 prune_checkpoints(folder, config.keep_last)
             if stopped:
                 break

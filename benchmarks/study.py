@@ -1,11 +1,16 @@
-"""The study of README, Results: train arms over seeds, evaluate each on the held-out starts, print one table.
+"""The study of README, Results: train arms over seeds, evaluate each on the held-out starts, print
+one table.
 
-    python benchmarks/study.py                                     every arm, seeds 0 1 2 (hours on two cores)
+    python benchmarks/study.py                                     every arm, seeds 0 1 2 (hours on
+    two cores)
     python benchmarks/study.py --arms default --seeds 0 1 2        one arm
-    python benchmarks/study.py --table                             the table of what benchmarks/results/ holds
+    python benchmarks/study.py --table                             the table of what
+    benchmarks/results/ holds
 
-An arm is a list of flags for train_sft.py and train_grpo.py; arms that share their SFT flags share the SFT run of a seed. Runs
-go to --work-dir and resume when the study is started again; each finished one leaves a small JSON file in benchmarks/results/
+An arm is a list of flags for train_sft.py and train_grpo.py; arms that share their SFT flags share
+the SFT run of a seed. Runs
+go to --work-dir and resume when the study is started again; each finished one leaves a small JSON
+file in benchmarks/results/
 with its flags, commit, seconds, learning curve and evaluation.
 """
 
@@ -28,7 +33,8 @@ CURVE = (
     "time/step_s",
 )
 
-# name -> (flags of train_sft.py, flags of train_grpo.py or None: the arm is supervised training alone)
+# name -> (flags of train_sft.py, flags of train_grpo.py or None: the arm is supervised training
+# alone)
 ARMS: dict[str, tuple[list[str], list[str] | None]] = {
     "default": ([], []),
     "more_sft_2e-3": (["--steps", "6000", "--learning-rate", "2e-3"], None),
@@ -112,7 +118,8 @@ def run_arm(name: str, seed: int, work_dir: Path, num_cases: int) -> None:
 def table() -> str:
     """Mean and range over seeds of each arm that has results."""
     lines = [
-        "| arm | seeds | SFT greedy / sampled | after, greedy | sampled | gap closed greedy / sampled | final error | valid | s |"
+        "| arm | seeds | SFT greedy / sampled | after, greedy | sampled "
+        "| gap closed greedy / sampled | final error | valid | s |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for name in ARMS:
@@ -137,12 +144,18 @@ def table() -> str:
                 else "-"
             )
         base = [spread("sft", mode, "reward_mean", ".1f") for mode in ("greedy", "sampled")]
-        lines.append(
-            f"| {name} | {len(records)} | {base[0]} / {base[1]} | {spread(policy, 'greedy', 'reward_mean', '.1f')} "
-            f"| {spread(policy, 'sampled', 'reward_mean', '.1f')} | {gaps[0]} / {gaps[1]} "
-            f"| {spread(policy, 'greedy', 'final_error_mean', '.3f')} | {spread(policy, 'greedy', 'frac_valid', '.1%')} "
-            f"| {statistics.mean(record['seconds'] for record in records):.0f} |"
-        )
+        cells = [
+            name,
+            str(len(records)),
+            " / ".join(base),
+            spread(policy, "greedy", "reward_mean", ".1f"),
+            spread(policy, "sampled", "reward_mean", ".1f"),
+            " / ".join(gaps),
+            spread(policy, "greedy", "final_error_mean", ".3f"),
+            spread(policy, "greedy", "frac_valid", ".1%"),
+            f"{statistics.mean(record['seconds'] for record in records):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

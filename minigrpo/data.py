@@ -24,9 +24,8 @@ PURPOSES = (
     "split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap",
     "initialise",
 )  # fmt: skip
-SPLIT_SEED = (
-    20_260_101  # one split for all: a run's seed must not move a start from test to training
-)
+# One split for all: a run's own seed must not move a start from test to training.
+SPLIT_SEED = 20_260_101
 HELD_OUT_STARTS = 2048  # of each of test and validation, out of 25,921
 
 

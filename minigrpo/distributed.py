@@ -1,7 +1,10 @@
-"""Several processes by torchrun; every function is the identity for one process, which has no process group.
+"""Several processes by torchrun; every function is the identity for one process, which has no
+process group.
 
-Rules: counts are summed over ranks before the first backward, gradients are summed once per optimizer step, decisions to stop or
-skip are agreed before anybody acts, and no collective stands inside an `if` that ranks may answer differently.
+Rules: counts are summed over ranks before the first backward, gradients are summed once per
+optimizer step, decisions to stop or
+skip are agreed before anybody acts, and no collective stands inside an `if` that ranks may answer
+differently.
 """
 
 from __future__ import annotations
@@ -15,19 +18,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(minutes=30)  # a lost rank ends the job after this at the latest; long rollouts need minutes
+TIMEOUT = timedelta(
+    minutes=30
+)  # a lost rank ends the job after this at the latest; long rollouts need minutes
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """The device of this rank; under torchrun also the process group, NCCL beside gloo on CUDA and gloo on CPU."""
+    """The device of this rank; under torchrun also the process group.
+
+    It is NCCL beside gloo on CUDA, gloo on a CPU.
+    """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be auto or cpu on this machine, got cuda: torch sees no GPU")
     if "RANK" not in os.environ:
         yield torch.device(kind)
         return
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    place = (
+        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    )
     if kind == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo", timeout=TIMEOUT)
@@ -65,7 +75,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_rows(rows: list[Tensor]) -> list[list[Tensor]]:
-    """Each rank's list of CPU tensors, in rank order, on every rank (lists may differ in length)."""
+    """Each rank's list of CPU tensors, in rank order, on every rank; lengths may differ."""
     if not dist.is_initialized():
         return [rows]
     gathered: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
@@ -79,7 +89,10 @@ def barrier() -> None:
 
 
 def reduce_gradients(model: nn.Module) -> None:
-    """Sum the gradients over ranks, in place, in one flattened all-reduce; losses carry global denominators, so no mean."""
+    """Sum the gradients over ranks, in place, in one flattened all-reduce.
+
+    No mean: losses carry global denominators.
+    """
     if not dist.is_initialized():
         return
     parameters = [p for p in model.parameters() if p.requires_grad]

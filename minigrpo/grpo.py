@@ -106,7 +106,7 @@ def _centred(groups: Tensor) -> Tensor:
 
 
 def variate_products(rewards: Tensor, variates: Tensor, group_size: int) -> Tensor:
-    """Each group's sums of (R - mean)(b_k - mean) and of (b_k - mean)^2: [N], [N, T] -> [2, P, T]."""
+    """Sums by group of (R - mean)(b_k - mean) and (b_k - mean)^2: [N], [N, T] -> [2, P, T]."""
     reward = _centred(rearrange(rewards.double(), "(p g) -> p g 1", g=group_size))
     variate = _centred(rearrange(variates.double(), "(p g) t -> p g t", g=group_size))
     return torch.stack([(reward * variate).sum(dim=1), variate.square().sum(dim=1)])

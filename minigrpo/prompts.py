@@ -135,7 +135,10 @@ def _with_marks(numbers: list[str], codec: Codec) -> list[str]:
 
 
 def controls_before_tokens(horizon: int, codec: Codec) -> list[int]:
-    """How many controls precede each token of a valid answer, EOS last; ValueError unless a word is a token."""
+    """How many controls precede each token of a valid answer, EOS last.
+
+    ValueError: the style does not make each word a token.
+    """
     if codec.style != "numbers":
         raise ValueError(f"style must be numbers for one token a control, got {codec.style}")
     is_control = [not word.startswith("/") for word in _with_marks(["0"] * horizon, codec)]

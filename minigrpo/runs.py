@@ -392,10 +392,12 @@ class StopSignal:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse the memory of freed tensors instead of returning it to the kernel page by page.
+    """Have glibc reuse the memory of freed tensors instead of returning it to the kernel page by
+    page.
 
     A training step on a CPU frees and asks for the same megabytes hundreds of times; without this a
-    scored micro-batch of the tiny model takes 1.3 times as long, RMSNorm alone 3 times. Elsewhere: nothing.
+    scored micro-batch of the tiny model takes 1.3 times as long, RMSNorm alone 3 times. Elsewhere:
+    nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h

@@ -1,4 +1,4 @@
-"""The control variate: unbiased by enumeration, known before the control it belongs to, and worth its seconds."""
+"""The control variate: unbiased by enumeration, and known before the control it belongs to."""
 
 import itertools
 
@@ -55,7 +55,8 @@ def test_the_gradient_stays_unbiased_by_enumeration_of_all_groups() -> None:
         log_probability = sum(float(first[s, a] + second[s, a, b]) for s, (a, b) in rows)
         probability = torch.tensor(log_probability, dtype=torch.float64).exp()
         rewards = torch.stack([worth[s, a, b] for s, (a, b) in rows])
-        # decision 0 knows the start alone; a constant per group, so any function of it is centred away
+        # decision 0 knows the start alone; a constant per group, so any function of it is centred
+        # away
         variates = torch.stack([torch.stack([before[s, 0], before[s, a]]) for s, (a, _) in rows])
         products = variate_products(rewards, variates, 2).sum(dim=1)
         advantages = variate_advantages(rewards, variates, 2, "none", products)

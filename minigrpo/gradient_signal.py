@@ -1,0 +1,105 @@
+"""Does the policy gradient have a direction? To be asked of a checkpoint before a long run.
+
+g_1 ... g_K are the gradients of K independent rollouts at the same weights, of n completions each:
+    cosine = mean over pairs of g_j . g_k / (|g_j| |g_k|)    about |g|^2 / (|g|^2 + trace / n)
+    |g|^2  = mean over pairs of g_j . g_k                    unbiased; negative if there is none
+    trace  = n (mean of |g_k|^2 - |g|^2)                     of the covariance of one completion
+    needed = 0.49 / 0.51 trace / |g|^2                       n at which a rollout's cosine with the
+                                                             true gradient, sqrt(cosine), is 0.7
+Completions of a group share prompt and mean, so the last two hold for the group size at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minigrpo.config import GRPOConfig
+from minigrpo.distributed import reduce_gradients
+from minigrpo.rollout import Rollout
+from minigrpo.transformer import Transformer
+from minigrpo.update import accumulate_gradient
+
+WANTED_COSINE = 0.7
+ODDS = WANTED_COSINE**2 / (1 - WANTED_COSINE**2)
+
+
+@dataclass(frozen=True)
+class GradientSignal:
+    """What K rollouts of n completions say about the gradient; the module's docstring has terms."""
+
+    num_rollouts: int
+    num_completions: int  # of one rollout
+    cosine: float
+    standard_error: float  # of the cosine, by jackknife over rollouts
+    squared_norm: float  # |g|^2
+    trace: float
+    completions_needed: float  # inf without a positive |g|^2
+
+
+def rollout_gradient(
+    model: Transformer, rollout: Rollout, config: GRPOConfig, max_length: int
+) -> Tensor:
+    """The gradient of a whole rollout of all ranks as one vector [D], float32, on the CPU."""
+    model.zero_grad(set_to_none=True)
+    rows = torch.arange(len(rollout.rewards))
+    accumulate_gradient(model, rollout, rows, config, max_length)
+    reduce_gradients(model)
+    gradients = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(gradients)
+
+
+def gradient_signal(gradients: Tensor, num_completions: int) -> GradientSignal:
+    """Gradients [K, D] of independent rollouts of n completions -> signal and noise; K >= 3."""
+    if len(gradients) < 3:
+        raise ValueError(f"gradients must be of at least 3 rollouts, got {len(gradients)}")
+    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for part in torch.split(gradients, 2**20, dim=1):
+        products += part.double() @ part.double().T
+    norms = products.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    cosines = products / (rearrange(norms, "k -> k 1") * rearrange(norms, "k -> 1 k"))
+    cosine, error = pair_mean(cosines)
+    squared_norm, _ = pair_mean(products)
+    trace = num_completions * max(0.0, float(products.diagonal().mean()) - squared_norm)
+    needed = ODDS * trace / squared_norm if squared_norm > 0 else math.inf
+    return GradientSignal(
+        len(gradients), num_completions, cosine, error, squared_norm, trace, needed
+    )
+
+
+def pair_mean(matrix: Tensor) -> tuple[float, float]:
+    """Mean of a symmetric [K, K] off the diagonal, and its jackknife standard error over K.
+
+    error^2 = (K - 1) / K sum_k (m_k - mean of m)^2,  m_k the mean without row and column k
+    (Efron, Tibshirani 1993, eq. 11.5). The pairs share rollouts, so theirs would be too small.
+    """
+    k = len(matrix)
+    of_row = matrix.sum(dim=1) - matrix.diagonal()  # [K]
+    total = of_row.sum()
+    without = (total - 2 * of_row) / ((k - 1) * (k - 2))  # [K]
+    error = ((k - 1) / k * (without - without.mean()).square().sum()).sqrt()
+    return float(total / (k * (k - 1))), float(error)
+
+
+def signal_table(signal: GradientSignal) -> str:
+    """The measurement in four lines, and how to read it."""
+    cosine = f"{signal.cosine:.3f} +- {signal.standard_error:.3f}"
+    what = f"gradients of {signal.num_rollouts} rollouts of {signal.num_completions} completions"
+    rows = (
+        (f"cosine between {what}", cosine),
+        ("|gradient|^2", f"{signal.squared_norm:.2e}"),
+        ("trace of the covariance of one completion", f"{signal.trace:.2e}"),
+        (f"completions for {WANTED_COSINE} with the true one", f"{signal.completions_needed:,.0f}"),
+    )
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"  {name:{width}s}  {value}" for name, value in rows)
+    return (
+        f"{table}\nA cosine near 0 (within two errors) is no usable signal: change start, "
+        "temperature or batch before a long run; it is a gate, not a ruler: above 0.05 it ranks "
+        "nothing."
+    )
