@@ -146,10 +146,10 @@ def test_prompts_are_left_padded_with_their_start_beside_them():
 
 
 def test_padding_is_on_the_left_for_prompts_and_on_the_right_for_demonstrations():
-    rows = [[5, 6, 7], [8], [9, 9]]
+    rows = [[5, 6, 7], [8], [2, 2]]  # 2 is the pad, as EOS is where a tokenizer has no pad
     for left, tokens, mask in (
-        (True, [[5, 6, 7], [2, 2, 8], [2, 9, 9]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]]),
-        (False, [[5, 6, 7], [8, 2, 2], [9, 9, 2]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
+        (True, [[5, 6, 7], [2, 2, 8], [2, 2, 2]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]]),
+        (False, [[5, 6, 7], [8, 2, 2], [2, 2, 2]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
     ):
         padded = data._pad(rows, 2, left)
         assert padded[0].tolist() == tokens
@@ -200,8 +200,9 @@ def test_a_demonstration_has_seen_the_effect_of_its_own_rounding():
             assert abs(float(again) - float(words[k])) < 1e-9
 
 
-def test_rows_picks_the_same_rows_of_every_tensor():
-    batch, chosen = demonstrations(SPLIT.training[:7], TASK), torch.tensor([4, 0, 4])
+def test_rows_picks_the_same_rows_of_every_tensor(monkeypatch):
+    batch = demonstrations(SPLIT.training[:7], words_task(monkeypatch))
+    chosen = torch.tensor([4, 0, 4])
     picked = batch.rows(chosen).to(torch.device("cpu"))
     for name in ("tokens", "mask", "completion_mask"):
         assert torch.equal(getattr(picked, name), getattr(batch, name)[chosen])

@@ -164,6 +164,8 @@ def test_one_step_follows_the_gradient_of_the_token_mean_for_every_micro_batch_s
     before, num = parameters_of(model), int(batch.completion_mask.sum())
     loss = sft_loss(model, batch, None) / num
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # left over by somebody
     metrics = step_of(model, batch, rate, micro_batch_size=micro_batch_size)
     assert torch.allclose(parameters_of(model), before - rate * gradient, rtol=0, atol=1e-12)
     assert math.isclose(metrics["loss/total"], loss.item(), rel_tol=1e-12)
