@@ -29,7 +29,7 @@ def flag(
 ) -> V:
     """A dataclass field that carries its help and its range."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
-    return field(default=default, metadata={"help": help_text.replace("%", "%%"), "limits": limits})
+    return field(default=default, metadata={"help": help_text, "limits": limits})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""Settings: precedence, ranges, flags; and every setting is read by somebody."""
+
+import ast
+import dataclasses
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from minigrpo.config import (
+    OF_ONE_PROCESS,
+    PRESETS,
+    EvalConfig,
+    GRPOConfig,
+    RunSettings,
+    Settings,
+    SFTConfig,
+    Value,
+    parse_flags,
+    resolve,
+)
+
+ROOT = Path(__file__).parent.parent
+KINDS = [SFTConfig, GRPOConfig, EvalConfig]
+
+
+def limits_of(kind: type[Settings], name: str) -> dict[str, object]:
+    limits = kind.__dataclass_fields__[name].metadata["limits"]
+    assert isinstance(limits, dict)
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("given", "saved", "preset", "value", "source"),
+    [
+        ({}, None, "tiny", 20, "default"),
+        ({}, None, "pretrained", 5, "preset pretrained"),
+        ({}, {"warmup_steps": 3}, "pretrained", 3, "resume"),
+        ({}, {"warmup_steps": 3}, "tiny", 3, "resume"),
+        ({}, {"steps": 3}, "pretrained", 5, "preset pretrained"),
+        ({"warmup_steps": 2}, {"warmup_steps": 3}, "pretrained", 2, "flag"),
+        ({"warmup_steps": 20}, {"warmup_steps": 3}, "tiny", 20, "flag"),
+        ({"warmup_steps": 2}, None, "pretrained", 2, "flag"),
+        ({"warmup_steps": 2}, None, "tiny", 2, "flag"),
+    ],
+)
+def test_a_flag_beats_the_saved_config_beats_the_preset_beats_the_default(
+    given: dict[str, Value],
+    saved: dict[str, Value] | None,
+    preset: str,
+    value: int,
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert SFTConfig.warmup_steps == 20
+    monkeypatch.setitem(PRESETS, ("tiny", SFTConfig), {})
+    monkeypatch.setitem(PRESETS, ("pretrained", SFTConfig), {"warmup_steps": 5})
+    resolved = resolve(SFTConfig, given, preset, saved)
+    assert (resolved.config.warmup_steps, resolved.sources["warmup_steps"]) == (value, source)
+    assert resolved.sources.keys() == vars(resolved.config).keys()
+
+
+def test_what_belongs_to_one_process_is_not_resumed() -> None:
+    values: list[Value] = [True, True, "elsewhere", 5.0]
+    saved = dict(zip(OF_ONE_PROCESS, values, strict=True))
+    config = resolve(GRPOConfig, {"resume": True}, "tiny", {**saved, "steps": 3}).config
+    assert (config.overwrite, config.resume, config.save_dir) == (False, True, GRPOConfig.save_dir)
+    assert (config.stop_after_minutes, config.steps) == (0.0, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_survive_json(kind: type[Settings]) -> None:
+    config = resolve(kind, {"seed": 3, "device": "cpu"}, "pretrained").config
+    saved = json.loads(json.dumps(vars(config)))
+    again = resolve(kind, {}, "tiny", saved).config
+    kept = {name: value for name, value in saved.items() if name not in OF_ONE_PROCESS}
+    assert kept.items() <= vars(again).items()
+    assert [type(value) for value in vars(again).values()] == [
+        type(value) for value in vars(config).values()
+    ]
+
+
+def test_the_table_shows_value_and_source() -> None:
+    lines = resolve(GRPOConfig, {"clip_eps_high": 0.28}, "tiny").table().splitlines()
+    assert "  clip_eps_high            0.28                   flag" in lines
+    assert len(lines) == len(dataclasses.fields(GRPOConfig))
+
+
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        ([], {}),
+        (["--clip-eps-low", "0.1"], {"clip_eps_low": 0.1}),
+        (["--clip_eps_low=0.1"], {"clip_eps_low": 0.1}),
+        (["--overwrite", "--no-tensorboard"], {"overwrite": True, "tensorboard": False}),
+        (["--learning-rate", "1e-5", "--steps", "7"], {"learning_rate": 1e-5, "steps": 7}),
+        (["--save-dir", "a b"], {"save_dir": "a b"}),
+    ],
+)
+def test_flags_are_what_was_given_and_nothing_else(
+    flags: list[str], given: dict[str, Value]
+) -> None:
+    assert parse_flags(GRPOConfig, flags) == given
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--clip-eps", "0.1"], "unrecognized arguments: --clip-eps"),  # two flags begin like this
+        (["--temperatur", "1"], "unrecognized arguments: --temperatur"),  # one flag does
+        (["--steps", "1e3"], "argument --steps: invalid int value"),
+        (["--aggregation", "mean"], "argument --aggregation: invalid choice"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_a_flag_that_is_unknown_abbreviated_or_no_number_ends_with_status_2(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(GRPOConfig, flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_usual_misspelling_of_mpc_is_understood() -> None:
+    assert parse_flags(EvalConfig, ["--skip-mcp"]) == {"skip_mpc": True}
+    assert parse_flags(EvalConfig, ["--skip-mpc"]) == {"skip_mpc": True}
+
+
+def test_a_batch_scripts_run_dir_stands_for_save_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN_DIR", "runs/grpo-18")
+    assert parse_flags(GRPOConfig, []) == {"save_dir": "runs/grpo-18"}
+    assert parse_flags(GRPOConfig, ["--save-dir", "x"]) == {"save_dir": "x"}
+    assert parse_flags(EvalConfig, []) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_has_every_field_with_its_text_and_default(
+    kind: type[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(kind, ["--help"])
+    assert caught.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for item in dataclasses.fields(kind):
+        assert f"--{item.name.replace('_', '-')}" in printed
+        text = " ".join(str(item.metadata["help"]).split())
+        assert f"{text} (default: {item.default})".strip() in printed
+
+
+def just_outside(kind: type[Settings], name: str) -> list[tuple[Value, str]]:
+    """Values next to the limits of a field, on the wrong side, and what is said about each."""
+    limits, default = limits_of(kind, name), getattr(kind, name)
+    cases: list[tuple[Value, str]] = []
+    if limits["choices"]:
+        assert isinstance(limits["choices"], tuple)
+        cases.append(("else", f"{name} must be one of {', '.join(limits['choices'])}, got else"))
+    step = 1 if isinstance(default, int) else 1e-6
+    for limit, words, sign in (("at_least", "at least", -1), ("at_most", "at most", 1)):
+        edge = limits[limit]
+        if isinstance(edge, int | float):
+            value = type(default)(edge + sign * step)
+            cases.append((value, f"{name} must be {words} {edge}, got {value}"))
+    if isinstance(edge := limits["above"], int | float):
+        value = type(default)(edge)
+        cases.append((value, f"{name} must be above {edge}, got {value}"))
+    if isinstance(default, float):
+        cases += [(value, f"{name} must be finite, got {value}") for value in (math.nan, math.inf)]
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_cases"), [(SFTConfig, 40), (GRPOConfig, 80), (EvalConfig, 10)]
+)
+def test_a_value_just_outside_its_range_is_an_error_that_says_the_range(
+    kind: type[Settings], num_cases: int
+) -> None:
+    cases = [
+        (item.name, *case)
+        for item in dataclasses.fields(kind)
+        for case in just_outside(kind, item.name)
+    ]
+    assert len(cases) > num_cases
+    for name, value, message in cases:
+        with pytest.raises(ValueError) as caught:
+            resolve(kind, {name: value}, "tiny")
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
+    for name in (item.name for item in dataclasses.fields(kind)):
+        limits = limits_of(kind, name)
+        choices = limits["choices"]
+        edges = [limits[key] for key in ("at_least", "at_most") if limits[key] is not None]
+        for value in [*edges, *(choices if isinstance(choices, tuple) else ())]:
+            assert isinstance(value, int | float | str)
+            assert getattr(resolve(kind, {name: value}, "tiny").config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"group_size": 1}, "group_size must be at least 2, got 1"),
+        ({"group_size": 2.0}, "group_size must be of type int, got 2.0"),
+        ({"resume": 1}, "resume must be of type bool, got 1"),
+        ({"steps": True}, "steps must be of type int, got True"),
+        ({"temperature": "1"}, "temperature must be of type float, got '1'"),
+        ({"grup_size": 4}, "unknown setting grup_size from flag"),
+    ],
+)
+def test_a_wrong_name_or_type_is_an_error(given: dict[str, Value], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(GRPOConfig, given, "tiny")
+    assert str(caught.value) == message
+
+
+def test_an_unknown_saved_setting_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown setting num_samples from resume"):
+        resolve(GRPOConfig, {}, "tiny", {"num_samples": 4})
+
+
+def test_a_whole_number_will_do_for_a_float() -> None:
+    config = resolve(GRPOConfig, {"temperature": 1}, "tiny").config
+    assert config.temperature == 1.0 and isinstance(config.temperature, float)
+
+
+@pytest.mark.parametrize(("preset", "kind"), PRESETS)
+def test_presets_are_settings_within_their_ranges(preset: str, kind: type[Settings]) -> None:
+    config = resolve(kind, {}, preset).config
+    assert PRESETS[preset, kind].items() <= vars(config).items()
+
+
+@cache
+def names_and_config_fields() -> list[tuple[set[str], set[str]]]:
+    """For each file but config.py: names in it, and attributes read from a name `config`."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *(ROOT / "minigrpo").glob("*.py")]:
+        if path.name != "config.py":
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            names = {node.id for node in nodes if isinstance(node, ast.Name)}
+            attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+            read = {
+                node.attr
+                for node in attributes
+                if isinstance(node.ctx, ast.Load)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "config"
+            }
+            found.append((names, read))
+    return found
+
+
+def fields_read(kind: type[Settings]) -> set[str]:
+    """What is read of a `config` in the files that know its class, or the trainers' base."""
+    known = {kind.__name__} | ({"RunSettings"} if issubclass(kind, RunSettings) else set())
+    return set().union(*(read for names, read in names_and_config_fields() if names & known))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_is_read_by_somebody(kind: type[Settings]) -> None:
+    declared = {item.name for item in dataclasses.fields(kind)}
+    assert declared - fields_read(kind) == set()
