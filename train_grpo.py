@@ -7,15 +7,20 @@
     5  log-probs of what was sampled: now, then, reference policy.completion_scores
     6  clipped objective and KL, summed over a minibatch   grpo.grpo_loss
     7  one AdamW step for each minibatch                   update.update_policy
+
+--measure-signal 16 trains nothing: it measures whether the gradient at --init has a direction.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from minigrpo.checkpoint import (
     Manifest,
@@ -31,15 +36,17 @@ from minigrpo.checkpoint import (
     saved_config,
 )
 from minigrpo.config import GRPOConfig, parse_flags, resolve
-from minigrpo.data import make_prompts, split_starts, training_starts
+from minigrpo.data import Prompts, Task, make_prompts, split_starts, training_starts
 from minigrpo.distributed import any_rank, process_group, rank, world_size
 from minigrpo.double_integrator import Trajectories
 from minigrpo.evaluation import validation_metrics
+from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
 from minigrpo.runs import StopSignal, open_run, run_command
+from minigrpo.transformer import Transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
 
 
@@ -53,56 +60,120 @@ def batch_arithmetic(config: GRPOConfig) -> str:
     )
     if updates == 1:
         return f"{line}: the ratio is 1 and the loss near 0 by construction, watch grad_norm"
-    return f"{line}: the ratio is 1 in the first of them, and the loss stays near 0, watch grad_norm"
+    return (
+        f"{line}: the ratio is 1 in the first of them, and the loss stays near 0, watch grad_norm"
+    )
+
+
+def reward_function(
+    config: GRPOConfig, task: Task
+) -> Callable[[ParsedControls, Trajectories], Rewards]:
+    """The reward that the flags describe."""
+    weights = RewardWeights(
+        baseline=config.reward_baseline,
+        progress=config.reward_progress,
+        proximity=config.reward_proximity,
+        terminal=config.reward_terminal,
+        efficiency=config.reward_efficiency,
+        smoothness=config.reward_smoothness,
+        lqr=config.reward_lqr,
+        constraints=config.reward_constraints,
+        constraints_cap=config.reward_constraints_cap,
+        validity=config.reward_validity,
+    )
+
+    def reward(parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
+        kind = config.reward
+        return compute_rewards(kind, parsed, trajectories, task.plant, task.cost, weights)
+
+    return reward
+
+
+def prompts_of_step(
+    training: Tensor, config: GRPOConfig, task: Task, step: int
+) -> tuple[Prompts, Tensor]:
+    """This rank's prompts of one step, and their places among those of all ranks."""
+    starts, indices = training_starts(training, config.seed, step, config.prompts_per_step)
+    places = torch.arange(rank(), config.prompts_per_step, world_size())
+    return make_prompts(starts[places], indices[places], task), places
+
+
+def check_batch(config: GRPOConfig) -> None:
+    """ValueError if a rank would have no prompt at all, or a minibatch none."""
+    needed = config.num_minibatches * world_size()
+    if config.prompts_per_step < needed:
+        raise ValueError(
+            f"prompts_per_step must be at least num_minibatches x ranks = {needed}, "
+            f"got {config.prompts_per_step}"
+        )
+
+
+def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
+    """Print how far the gradients of the first rollouts agree, all at the weights of --init.
+
+    Without the KL term, whose gradient is 0 there. Nothing is trained and nothing is written.
+    """
+    once = replace(config, num_epochs=1, num_minibatches=1)
+    training, reward, gradients = split_starts(task.plant).training, reward_function(once, task), []
+    with process_group(config.device) as device:
+        check_batch(once)
+        model.to(device)
+        hidden = None if rank() == 0 else True  # None: unless it is a terminal
+        for step in tqdm(range(config.measure_signal), unit="rollout", disable=hidden):
+            prompts, places = prompts_of_step(training, once, task, step)
+            rollout = make_rollout(model, None, prompts, places, once, task, reward)[0]
+            length = task.max_completion_length
+            gradients.append(rollout_gradient(model, rollout, once, length))
+        if rank() == 0:
+            rows = config.prompts_per_step * config.group_size
+            print(signal_table(gradient_signal(torch.stack(gradients), rows)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     given = parse_flags(GRPOConfig, arguments)
-    saved = saved_config(Path(str(given.get("save_dir", GRPOConfig.save_dir)))) if given.get("resume") else None
-    model, task, origin = load_model(Path(str(given.get("init", (saved or {}).get("init", GRPOConfig.init)))))
+    folder = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
+    saved = saved_config(folder) if given.get("resume") else None
+    init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
+    model, task, origin = load_model(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config
     torch.set_float32_matmul_precision(config.matmul_precision)
-    folder = Path(config.save_dir)
+    if config.measure_signal:
+        measure_signal(model, config, task)
+        return
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
-        if config.prompts_per_step < config.num_minibatches * world_size():
-            needed = f"num_minibatches x ranks = {config.num_minibatches * world_size()}"
-            raise ValueError(f"prompts_per_step must be at least {needed}, got {config.prompts_per_step}")
+        check_batch(config)
         manifest = Manifest(
-            "grpo", origin.preset, task.plant, task.cost, task.codec, vars(config).copy(), resolved.sources
+            "grpo",
+            origin.preset,
+            task.plant,
+            task.cost,
+            task.codec,
+            vars(config).copy(),
+            resolved.sources,
         )
-        reference = load_model(Path(config.init))[0].to(device).eval() if config.kl_beta > 0 else None
+        reference = (
+            load_model(Path(config.init))[0].to(device).eval() if config.kl_beta > 0 else None
+        )
         model.to(device)
-        optimizer = adamw(model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay)
+        optimizer = adamw(
+            model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
+        )
         start = latest_checkpoint(folder) if config.resume else None
         done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
         run.record_attempt(vars(config), device)
         split = split_starts(task.plant)
         validation = split.validation[: config.eval_cases]
-        weights = RewardWeights(
-            baseline=config.reward_baseline,
-            progress=config.reward_progress,
-            proximity=config.reward_proximity,
-            terminal=config.reward_terminal,
-            efficiency=config.reward_efficiency,
-            smoothness=config.reward_smoothness,
-            lqr=config.reward_lqr,
-            constraints=config.reward_constraints,
-            constraints_cap=config.reward_constraints_cap,
-            validity=config.reward_validity,
-        )
+        reward = reward_function(config, task)
         if rank() == 0:
             print(resolved.table())
             print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
             print(batch_arithmetic(config))
-
-        def reward(parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
-            return compute_rewards(config.reward, parsed, trajectories, task.plant, task.cost, weights)
 
         def evaluate(step: int) -> dict[str, float]:
             metrics = validation_metrics(model, validation, task, config.seed)
@@ -116,13 +187,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stopped, num_skipped = False, 0
         for step in range(done, config.steps):
             began = time.perf_counter()
-            rate = cosine_learning_rate(step, config.steps, config.learning_rate, config.warmup_steps)
-            starts, indices = training_starts(split.training, config.seed, step, config.prompts_per_step)
-            places = torch.arange(rank(), config.prompts_per_step, world_size())
-            prompts = make_prompts(starts[places], indices[places], task)
-            rollout, experience, seconds = make_rollout(model, reference, prompts, places, config, task, reward)
+            rate = cosine_learning_rate(
+                step, config.steps, config.learning_rate, config.warmup_steps
+            )
+            prompts, places = prompts_of_step(split.training, config, task, step)
+            rollout, experience, seconds = make_rollout(
+                model, reference, prompts, places, config, task, reward
+            )
             updating = time.perf_counter()
-            update = update_policy(model, optimizer, rollout, config, step, rate, task.max_completion_length)
+            update = update_policy(
+                model, optimizer, rollout, config, step, rate, task.max_completion_length
+            )
             metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
             metrics["time/update_s"] = time.perf_counter() - updating
             metrics["time/step_s"] = time.perf_counter() - began
@@ -139,11 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.log(step + 1, metrics)
             if num_skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise FloatingPointError(
-                    f"{num_skipped} optimizer steps in a row had a gradient that is not finite; their batches are in "
-                    f"{folder / 'skipped'}; lower learning_rate, then --resume"
+                    f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
+                    f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
                 )
             if last or stopped or (step + 1) % config.save_every == 0:
-                save_checkpoint(folder, step + 1, model, optimizer, task, manifest, {"step": step + 1})
+                save_checkpoint(
+                    folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}
+                )
                 prune_checkpoints(folder, config.keep_last)
             if stopped:
                 break

@@ -61,9 +61,9 @@ def gradient_signal(gradients: Tensor, num_completions: int) -> GradientSignal:
     products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for part in torch.split(gradients, 2**20, dim=1):
         products += part.double() @ part.double().T
-    norms = products.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    cosines = products / (rearrange(norms, "k -> k 1") * rearrange(norms, "k -> 1 k"))
-    cosine, error = pair_mean(cosines)
+    norms = products.diagonal().sqrt()
+    lengths = rearrange(norms, "k -> k 1") * rearrange(norms, "k -> 1 k")
+    cosine, error = pair_mean(products / lengths.clamp(min=torch.finfo(torch.float64).tiny))
     squared_norm, _ = pair_mean(products)
     trace = num_completions * max(0.0, float(products.diagonal().mean()) - squared_norm)
     needed = ODDS * trace / squared_norm if squared_norm > 0 else math.inf
@@ -76,7 +76,8 @@ def pair_mean(matrix: Tensor) -> tuple[float, float]:
     """Mean of a symmetric [K, K] off the diagonal, and its jackknife standard error over K.
 
     error^2 = (K - 1) / K sum_k (m_k - mean of m)^2,  m_k the mean without row and column k
-    (Efron, Tibshirani 1993, eq. 11.5). The pairs share rollouts, so theirs would be too small.
+    (Efron, Tibshirani 1993, eq. 11.5). The pairs share rollouts, so theirs would be too small. Of
+    independent vectors without any common direction it is 1.4 times too large, which is safe.
     """
     k = len(matrix)
     of_row = matrix.sum(dim=1) - matrix.diagonal()  # [K]
@@ -96,8 +97,7 @@ def signal_table(signal: GradientSignal) -> str:
         ("trace of the covariance of one completion", f"{signal.trace:.2e}"),
         (f"completions for {WANTED_COSINE} with the true one", f"{signal.completions_needed:,.0f}"),
     )
-    width = max(len(name) for name, _ in rows)
-    table = "\n".join(f"  {name:{width}s}  {value}" for name, value in rows)
+    table = "\n".join(f"  {name:60s} {value}" for name, value in rows)
     return (
         f"{table}\nA cosine near 0 (within two errors) is no usable signal: change start, "
         "temperature or batch before a long run; it is a gate, not a ruler: above 0.05 it ranks "

@@ -8,21 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
 from minigrpo import update
-from minigrpo.checkpoint import Manifest, make_task, publish_model
 from minigrpo.config import GRPOConfig
-from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.grpo import group_advantages
-from minigrpo.lqr import QuadraticCost
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy, completion_scores
-from minigrpo.prompts import Codec
 from minigrpo.rollout import Rollout
 from minigrpo.sampling import StopRule, sample_completions
-from minigrpo.tokenizer import number_tokenizer
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 from minigrpo.update import accumulate_gradient, update_policy, warnings_of
 
@@ -435,18 +431,6 @@ def test_a_bandit_learns_the_rewarded_token_and_unlearns_the_punished_one() -> N
     assert torch.equal(weights_of(model), weights_of(near_uniform()))
 
 
-def a_checkpoint(folder: Path) -> Path:
-    """An untrained model that can write two numbers from 7, as train_sft.py would leave it."""
-    plant = DoubleIntegrator(horizon=2, control_bound=0.3, start_decimals=1, start_bound=0.3)
-    codec = Codec("numbers", 1)
-    tokenizer = number_tokenizer(plant, codec)
-    task = make_task(plant, QuadraticCost(), codec, tokenizer)
-    manifest = Manifest("sft", "tiny", plant, task.cost, codec, {}, {})
-    folder.mkdir()
-    publish_model(folder, a_model(len(tokenizer)), task, manifest, 0, 0.0)
-    return folder
-
-
 @pytest.mark.parametrize(
     "bad, ended", [((2, 3, 4), 2), ((1, 2, 4, 5), None), ((2, 4, 6), None), ((4, 5, 6), 3)]
 )
@@ -463,7 +447,7 @@ def test_training_ends_at_the_third_step_in_a_row_that_is_skipped(
 
     monkeypatch.setattr(update, "gradient_norm", sometimes_nan)
     flags = (
-        f"--init {a_checkpoint(tmp_path / 'sft')} --save-dir {tmp_path / 'grpo'} --steps 3 "
+        f"--init {untrained_checkpoint(tmp_path / 'sft')} --save-dir {tmp_path / 'grpo'} --steps 3 "
         "--prompts-per-step 2 --group-size 2 --num-minibatches 2 --eval-cases 8 --eval-every 99 "
         "--device cpu --micro-batch-size 4"
     ).split()
