@@ -132,8 +132,8 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     given = parse_flags(GRPOConfig, arguments)
-    folder = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
-    saved = saved_config(folder) if given.get("resume") else None
+    save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
+    saved = saved_config(save_dir) if given.get("resume") else None
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
     model, task, origin = load_model(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
@@ -142,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.measure_signal:
         measure_signal(model, config, task)
         return
+    folder = Path(config.save_dir)
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
