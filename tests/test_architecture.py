@@ -41,7 +41,7 @@ DOORS = {
     "safetensors": "transformer checkpoint",
     "tokenizers": "tokenizer",
     "transformers": "tokenizer data checkpoint",
-    "huggingface_hub": "tokenizer",
+    "huggingface_hub": "transformer",
     "scipy": "lqr",
     "numpy": "data evaluation rollout plots",
     "matplotlib": "plots",
