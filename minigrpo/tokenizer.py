@@ -29,7 +29,12 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
     """
     if codec.style != "numbers":
         raise ValueError(f"style must be numbers for the number tokenizer, got {codec.style}")
-    steps = math.floor(plant.control_bound * 10**codec.decimals + 1e-9)
+    steps = round(plant.control_bound * 10**codec.decimals)
+    if not math.isclose(steps, plant.control_bound * 10**codec.decimals):
+        raise ValueError(
+            f"control_bound must have {codec.decimals} decimals, or a saturated control has no token; "
+            f"got {plant.control_bound}"
+        )
     grid = torch.arange(-steps, steps + 1, dtype=torch.float64) / 10**codec.decimals
     numbers = dict.fromkeys(format_number(value, codec.decimals) for value in grid.tolist())
     values = dict.fromkeys(plant.start_grid()[:, 0].tolist())  # with them every word of a prompt

@@ -82,9 +82,9 @@ def test_every_number_of_the_grid_is_one_token_and_comes_back():
         (PLANT, NUMBERS),
         (DoubleIntegrator(start_decimals=3, start_bound=0.011), NUMBERS),  # finer than controls
         (PLANT, Codec(decimals=1)),
+        (PLANT, Codec(row_length=7)),  # marks between the controls
         (DoubleIntegrator(control_bound=0.5), NUMBERS),  # starts beyond the controls
         (DoubleIntegrator(control_bound=0.29, start_bound=0.1), NUMBERS),  # times 100 is 28.999...
-        (DoubleIntegrator(control_bound=0.255, start_bound=0.1), NUMBERS),  # 0.26 is beyond it
     ],
 )
 def test_no_prompt_and_no_control_holds_an_unknown_word(plant, codec):
@@ -94,7 +94,11 @@ def test_no_prompt_and_no_control_holds_an_unknown_word(plant, codec):
         ids = encode_prompt(tokenizer, start, plant, codec)
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == prompt_text(start, plant, codec)
-    limit = int(plant.control_bound * 10**codec.decimals + 1e-9)
+    plan = lqr_controls(grid[:1], plant, QuadraticCost(), decimals=codec.decimals)[0]
+    whole = encode_completion(tokenizer, plan, codec)
+    assert tokenizer.unk_token_id not in whole
+    assert tokenizer.decode(whole[:-1]) == render_controls(plan, codec)
+    limit = round(plant.control_bound * 10**codec.decimals)
     for n in range(-limit, limit + 1):
         control = torch.tensor([n / 10**codec.decimals])
         assert tokenizer.unk_token_id not in encode_completion(tokenizer, control, codec)
@@ -106,6 +110,12 @@ def test_no_prompt_and_no_control_holds_an_unknown_word(plant, codec):
 def test_the_number_tokenizer_is_for_numbers():
     with pytest.raises(ValueError, match="style must be numbers"):
         number_tokenizer(PLANT, WORDS)
+
+
+def test_a_bound_that_text_would_round_is_refused():
+    """Saturated demonstrations would hold 0.26 or 0.25, where the actuator applies 0.255."""
+    with pytest.raises(ValueError, match="control_bound must have 2 decimals"):
+        number_tokenizer(DoubleIntegrator(control_bound=0.255, start_bound=0.1), NUMBERS)
 
 
 def test_a_completion_is_one_token_for_each_control_and_eos():

@@ -23,6 +23,7 @@ from minigrpo.transformer import (
     RopeStretch,
     Transformer,
     TransformerConfig,
+    find_pretrained,
     initialise,
     last_logits,
     load_transformer,
@@ -265,6 +266,14 @@ def test_a_config_file_that_is_no_object_is_refused_with_its_path(text, tmp_path
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         load_transformer(tmp_path)
+
+
+def test_a_pretrained_model_is_a_folder_or_the_hubs_and_the_error_says_what_to_do(tmp_path):
+    save_transformer(our_model(), tmp_path / "model")
+    assert find_pretrained(str(tmp_path / "model")) == tmp_path / "model"
+    for name in ("nobody/no-such-model", "no such name!", str(tmp_path)):  # the suite is offline
+        with pytest.raises(ValueError, match=r"no folder with a config\.json.*pass that folder"):
+            find_pretrained(name)
 
 
 def test_sharded_files_load_like_one(tmp_path):
