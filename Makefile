@@ -34,14 +34,14 @@ test-slow: venv
 	$(PY) -m pytest -m "slow or smollm"
 
 test-slurm: venv
-	$(PY) -m pytest -m slurm
+	tests/local_slurm.sh run 2 -- $(PY) -m pytest -m slurm
 
 # Small enough for two minutes on two cores, and too small to learn anything.
 smoke: venv
 	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	$(PY) train_sft.py --save-dir $$dir/sft --horizon 10 --steps 40 --num-demonstrations 64 \
 		--batch-size 16 --micro-batch-size 8 --eval-every 20 --eval-cases 16; \
-	$(PY) train_grpo.py --init $$dir/sft --save-dir $$dir/grpo --steps 3 --prompts-per-step 4 \
+	$(PY) train_grpo.py --init $$dir/sft --save-dir $$dir/grpo --steps 3 --prompts-per-step 8 \
 		--group-size 4 --micro-batch-size 8 --eval-every 2 --eval-cases 16 --save-every 2; \
 	$(PY) train_grpo.py --save-dir $$dir/grpo --resume --steps 4; \
 	$(PY) evaluate.py --model-path $$dir/grpo --baseline $$dir/sft --num-cases 16 --mpc-cases 2; \
