@@ -111,6 +111,8 @@ def test_two_rollouts_are_too_few() -> None:
 def test_a_rollouts_gradient_is_that_of_all_its_rows() -> None:
     rollout, config = a_rollout(), replace(CONFIG, num_minibatches=1)
     model = a_model().double()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of somebody before
     first = rollout_gradient(model, rollout, config, ALLOWED)
     assert torch.equal(rollout_gradient(model, rollout, config, ALLOWED), first)  # adds to nothing
     assert first.dtype == torch.float32
