@@ -32,7 +32,7 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
     steps = round(plant.control_bound * 10**codec.decimals)
     if not math.isclose(steps, plant.control_bound * 10**codec.decimals):
         raise ValueError(
-            f"control_bound must have {codec.decimals} decimals, or a saturated control has no token; "
+            f"control_bound must have {codec.decimals} decimals, or saturation has no token; "
             f"got {plant.control_bound}"
         )
     grid = torch.arange(-steps, steps + 1, dtype=torch.float64) / 10**codec.decimals
