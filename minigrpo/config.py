@@ -281,7 +281,7 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Resolved(Generic[S]):
-    """A config and the source of each of its values: flag, resume, preset or default."""
+    """A config and the source of each of its values: flag, environment, resume, preset, default."""
 
     config: S
     sources: dict[str, str]
@@ -343,6 +343,8 @@ def resolve(
             raise ValueError(f"unknown setting {', '.join(sorted(unknown))} from {source}")
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
+    if given.get("save_dir", "") == os.environ.get("RUN_DIR"):
+        sources["save_dir"] = "environment"
     _check_types(kind, values)
     return Resolved(kind(**values), sources)
 

@@ -42,7 +42,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         torch.cuda.set_device(place)
     dist.init_process_group("cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     yield place
-    dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
+    dist.destroy_process_group()  # not after an error: that could wait for lost ranks
 
 
 def rank() -> int:

@@ -6,5 +6,6 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith(("SLURM_", "RUN_DIR", "STOP_FILE"))]:
-    del os.environ[name]
+    if name != "SLURM_CONF":  # not of a job: it says which cluster sbatch talks to
+        del os.environ[name]
 torch.set_num_threads(1)

@@ -135,6 +135,11 @@ def test_a_batch_scripts_run_dir_stands_for_save_dir(monkeypatch: pytest.MonkeyP
     assert parse_flags(GRPOConfig, []) == {"save_dir": "runs/grpo-18"}
     assert parse_flags(GRPOConfig, ["--save-dir", "x"]) == {"save_dir": "x"}
     assert parse_flags(EvalConfig, []) == {}
+    saved: dict[str, Value] = {"save_dir": "runs/other"}
+    resolved = resolve(GRPOConfig, parse_flags(GRPOConfig, []), "tiny", saved)
+    assert resolved.config.save_dir == "runs/grpo-18"
+    assert resolved.sources["save_dir"] == "environment"
+    assert resolve(GRPOConfig, {"save_dir": "x"}, "tiny").sources["save_dir"] == "flag"
 
 
 @pytest.mark.parametrize("kind", KINDS)

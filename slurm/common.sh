@@ -1,0 +1,82 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts, which set `root`: the site's environment, the rendezvous of the
+# ranks, and for the trainers: stop before the time limit, requeue, resume.
+#
+# Read from the environment, all optional:
+#   MINIGRPO_ENV     a script to source first; default slurm/env.sh, made from env.sh.example
+#   RUN_DIR          run folder of a trainer; default runs/NAME-JOBID, which a requeue finds again.
+#                    An array puts one folder a task in it, seed-TASKID, and that is the seed
+#   NPROC_PER_NODE   ranks a node; default one a GPU, or one
+#   MAX_REQUEUES     after these a stopped job fails; default 20
+#   MASTER_PORT      default made of the job id, as two jobs may share a node
+
+cd "${root:?the batch script sets it}" || exit
+env_file=${MINIGRPO_ENV:-$root/slurm/env.sh}
+# shellcheck source=/dev/null
+if [[ -r $env_file ]]; then set +u; source "$env_file"; set -u; fi # conda reads unset variables
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_node=${nodes[0]:?no node list}
+port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+threads=$((SLURM_CPUS_ON_NODE / nproc))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+member='' seed=() # of an array: this task's folder below the others', and its flag
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    # shellcheck disable=SC2034 # the batch scripts read it
+    member=/seed-$SLURM_ARRAY_TASK_ID seed=(--seed "$SLURM_ARRAY_TASK_ID")
+fi
+
+ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a container, is env.sh's
+    srun --kill-on-bad-exit=1 ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} torchrun \
+        --nnodes="$SLURM_NNODES" --nproc-per-node="$nproc" --rdzv-backend=c10d \
+        --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
+}
+
+launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this job and go on there
+    local again=0 asked='' flag id=$SLURM_JOB_ID pid rc=0
+    for flag in "$@"; do
+        case $flag in --save[-_]dir | --save[-_]dir=*)
+            echo "error: set RUN_DIR=... before sbatch instead of --save-dir" >&2
+            exit 2
+            ;;
+        esac
+    done
+    if [[ -n $member ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    export RUN_DIR=${RUN_DIR:-$root/runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}$member
+    export STOP_FILE=$RUN_DIR/STOP.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    mkdir -p "$RUN_DIR"
+    rm -f "$RUN_DIR/STOP.$SLURM_JOB_ID".* "$RUN_DIR/STATUS" # a stale one would lie
+    echo "job $id, restart ${SLURM_RESTART_COUNT:-0}: ${nodes[*]}, $nproc rank(s) each, in $RUN_DIR"
+
+    # shellcheck disable=SC2329 # the traps call it
+    on_stop() {
+        again=1 asked=$1
+        : > "$STOP_FILE"
+        echo "SIG$1 with $(squeue -h -j "$SLURM_JOB_ID" -o %L || true) left: saving"
+    }
+    trap 'on_stop USR1' USR1
+    trap 'on_stop TERM' TERM
+    ranks "$@" &
+    pid=$!
+    while :; do # a trapped signal ends `wait`, not srun
+        again=0
+        wait "$pid" && rc=0 || rc=$?
+        ((again)) || break
+    done
+    ((rc == 0)) || exit "$rc" # a bug must not loop
+    case $(cat "$RUN_DIR/STATUS" 2> /dev/null || true) in
+        finished) exit 0 ;; # the only way to release afterok
+        stopped)            # SIGTERM is scancel, or a preemption, after which Slurm requeues by itself
+            if [[ $asked != TERM ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-20})); then
+                trap - USR1 TERM
+                scontrol requeue "$id"
+                sleep 60 # the requeue ends this script
+            fi
+            ;;
+    esac
+    exit 1
+}

@@ -1,0 +1,258 @@
+"""The batch scripts as shipped, submitted to a Slurm cluster of two virtual nodes.
+
+Real: Slurm, its signals, requeues, arrays and dependencies, torchrun and gloo between two nodes.
+Not real: GPUs (names only), separate machines, the 30 s between SIGTERM and SIGKILL (5 s here).
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+import train_sft
+
+ROOT = Path(__file__).parents[1]
+SFT = (
+    "--device cpu --width 16 --mlp-width 32 --num-heads 2 --num-layers 1 --horizon 5 "
+    "--num-demonstrations 23 --batch-size 4 --eval-every 1000000 --eval-cases 8"
+).split()
+GRPO = (
+    "--device cpu --prompts-per-step 4 --group-size 2 --num-minibatches 1 --eval-every 1000000 "
+    "--eval-cases 8"
+).split()
+ENDLESS = ["--steps", "1000000"]
+
+
+def cluster_name() -> str:
+    """The cluster that sbatch would submit to, empty if none answers."""
+    if shutil.which("scontrol") is None:
+        return ""
+    done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    found = re.search(r"ClusterName\s*=\s*(\S+)", done.stdout)
+    return found[1] if found else ""
+
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cluster() -> None:
+    if not cluster_name().startswith("localtest"):
+        pytest.skip("needs the local test cluster, which make test-slurm starts; that needs root")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """That of sbatch: the site's hook puts this python's torchrun on the path."""
+    hook = tmp_path / "site" / "env.sh"
+    hook.parent.mkdir()
+    hook.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    names = {"MINIGRPO_ENV": str(hook), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **names}
+
+
+@pytest.fixture(scope="module")
+def supervised(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "sft"
+    run_ranks(1, train_sft.main, [*SFT, "--steps", "2", "--save-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def submit(environment: dict[str, str]) -> Iterator[Callable[..., str]]:
+    """sbatch with a time limit and logs of its own; what is still there at the end is cancelled."""
+    jobs = []
+
+    def sbatch(*arguments: str, **more: str) -> str:
+        logs = Path(environment["RUN_DIR"]).parent / "%A-%a-%j.out"
+        command = ["sbatch", "--parsable", "--time=5", "--signal=B:USR1@60", f"--output={logs}"]
+        environment_of_job = {**environment, **more}
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment_of_job, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        jobs.append(done.stdout.strip())
+        return jobs[-1]
+
+    yield sbatch
+    for job in jobs:
+        subprocess.run(["scancel", job], capture_output=True)
+
+
+def wait(job: str, seconds: int = 240) -> None:
+    subprocess.run([ROOT / "tests" / "local_slurm.sh", "wait", job, str(seconds)], check=False)
+
+
+def about(job: str) -> dict[str, str]:
+    """What Slurm says of a job: JobState, Restarts, ..."""
+    command = ["scontrol", "show", "job", job, "--oneliner"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(part.split("=", 1) for part in shown.split() if "=" in part)
+
+
+def until(condition: Callable[[], bool], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def steps_logged(folder: Path) -> list[int]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def training(folder: Path) -> Callable[[], bool]:
+    return lambda: len(steps_logged(folder)) > 3
+
+
+def ask_to_stop(job: str) -> None:
+    """What Slurm does some minutes before the time limit."""
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+
+
+def attempts(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+    paths = sorted((folder / "attempts").glob("*/attempt.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+
+
+def test_two_nodes_stop_before_the_limit_and_go_on_after_a_requeue(
+    submit: Callable[..., str], supervised: Path, tmp_path: Path
+) -> None:
+    folder, steps = tmp_path / "run", 100
+    job = submit(
+        "--nodes=2", "slurm/grpo.sbatch", "--init", str(supervised), "--steps", str(steps), *GRPO
+    )
+    until(training(folder))
+    ask_to_stop(job)
+    until(lambda: (folder / "STATUS").read_text() == "stopped\n")
+    (saved,) = checkpoints(folder)
+    assert 3 <= saved < steps
+    wait(job)
+    shown = about(job)
+    assert (shown["JobState"], shown["Restarts"], shown["NumNodes"]) == ("COMPLETED", "1", "2")
+    assert (folder / "STATUS").read_text() == "finished\n"
+    assert steps_logged(folder) == list(range(steps + 1))
+    first, second = attempts(folder).values()
+    assert list(attempts(folder)) == [f"{job}.0", f"{job}.1"]
+    for record in (first, second):
+        assert record["world_size"] == 2 and record["environment"]["SLURM_NNODES"] == "2"
+        assert record["config"]["init"] == str(supervised) and record["config"]["resume"] is True
+
+
+def test_a_cancelled_job_is_saved_and_stays_cancelled(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submit("--nodes=2", "slurm/sft.sbatch", *SFT, *ENDLESS)
+    until(training(folder))
+    subprocess.run(["scancel", job], check=True)
+    wait(job)
+    assert about(job)["JobState"] == "CANCELLED"
+    assert (folder / "STATUS").read_text() == "stopped\n"
+    assert checkpoints(folder) == [steps_logged(folder)[-1]]
+    time.sleep(15)  # a requeued job is back after 10 s
+    assert about(job)["JobState"] == "CANCELLED" and about(job)["Restarts"] == "0"
+
+
+def test_a_preempted_job_is_saved_and_goes_on(submit: Callable[..., str], tmp_path: Path) -> None:
+    """Slurm sends SIGTERM and requeues by itself; the script must not requeue once more."""
+    folder = tmp_path / "run"
+    job = submit("slurm/sft.sbatch", *SFT, *ENDLESS)
+    until(training(folder))
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    until(lambda: len(attempts(folder)) == 2)
+    first = checkpoints(folder)[0]
+    until(lambda: steps_logged(folder)[-1] > first)
+    assert steps_logged(folder) == list(range(steps_logged(folder)[-1] + 1))
+    assert about(job)["Restarts"] == "1"
+
+
+def test_after_the_last_requeue_a_stopped_job_fails(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submit("slurm/sft.sbatch", *SFT, *ENDLESS, MAX_REQUEUES="0")
+    until(training(folder))
+    ask_to_stop(job)
+    wait(job)
+    assert about(job)["JobState"] == "FAILED" and about(job)["Restarts"] == "0"
+    assert (folder / "STATUS").read_text() == "stopped\n"
+
+
+def test_an_array_has_a_seed_and_a_folder_for_each_task(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """One task is asked to stop and requeued; its neighbour does not notice."""
+    folders = {seed: tmp_path / "run" / f"seed-{seed}" for seed in (3, 5)}
+    job = submit("--array=3,5", "slurm/sft.sbatch", *SFT, "--steps", "400")
+    until(training(folders[3]))
+    ask_to_stop(f"{job}_3")
+    wait(job)
+    for seed, restarts in ((3, "1"), (5, "0")):
+        shown = about(f"{job}_{seed}")
+        assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", restarts)
+        assert [record["config"]["seed"] for record in attempts(folders[seed]).values()] == [
+            seed
+        ] * (int(restarts) + 1)
+        assert steps_logged(folders[seed]) == list(range(401))
+    weights = [load_file(folder / "model.safetensors") for folder in folders.values()]
+    assert not weights[0]["lm_head.weight"].equal(weights[1]["lm_head.weight"])
+
+
+def pipeline(environment: dict[str, str], *arguments: str) -> list[str]:
+    """The ids of its three jobs."""
+    logs = Path(environment["RUN_DIR"]).parent / "%x.out"
+    done = subprocess.run(
+        ["slurm/pipeline.sh", "--time=5", f"--output={logs}", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["sft", "grpo", "evaluate", "in"]
+    return [line[1] for line in lines[:3]]
+
+
+def test_the_pipeline_runs_in_order_and_its_arguments_arrive_as_they_are(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    starts = tmp_path / "two words, $HOME" / "starts.json"
+    starts.parent.mkdir()
+    starts.write_text("[[0.5, -0.25], [0.1, 0.2], [-0.3, 0.0]]")
+    evaluation = ["--device", "cpu", "--mpc-cases", "2", "--initial-states", str(starts)]
+    jobs = pipeline(
+        environment, "--", *SFT, "--steps", "3", "--", *GRPO, "--steps", "2", "--", *evaluation
+    )
+    wait(jobs[2])
+    assert [about(job)["JobState"] for job in jobs] == ["COMPLETED"] * 3
+    sft, grpo = tmp_path / "run" / "sft", tmp_path / "run" / "grpo"
+    assert steps_logged(sft) == [0, 1, 2, 3] and steps_logged(grpo) == [0, 1, 2]
+    report = json.loads((grpo / "evaluation" / "evaluation.json").read_text())
+    assert report["num_cases"] == 3 and set(report["policies"]) >= {"sft", "grpo", "lqr"}
+    assert report["config"]["initial_states"] == str(starts)
+
+
+def test_a_crash_fails_the_job_and_cancels_its_dependents(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    jobs = pipeline(environment, "--", *SFT, "--steps", "3", "--width", "15")
+    for job in jobs:
+        wait(job)
+    assert [about(job)["JobState"] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert about(jobs[0])["Restarts"] == "0"
+    assert "width must be a multiple of num_heads=2, got 15" in (tmp_path / "sft.out").read_text()
+    assert not (tmp_path / "run" / "grpo").exists()
