@@ -24,6 +24,7 @@ from minigrpo.checkpoint import (
     prune_checkpoints,
     publish_model,
     published,
+    save_batch,
     save_checkpoint,
     saved_config,
 )
@@ -164,8 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             metrics = supervised_step(model, optimizer, batch, smoothing, config, rate)
             metrics["time/step_s"] = time.perf_counter() - began
             if not math.isfinite(metrics["update/grad_norm"]):
+                save_batch(folder, step + 1, batch)
                 raise FloatingPointError(
-                    f"the gradient of step {step + 1} is not finite; lower learning_rate"
+                    f"the gradient of step {step + 1} is not finite and was not applied; its batch "
+                    f"is in {folder / 'skipped'}; lower learning_rate, then --resume"
                 )
             last = step + 1 == config.steps
             stopped = any_rank(stop.requested())

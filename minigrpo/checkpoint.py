@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import Value
-from minigrpo.data import Task
+from minigrpo.data import SFTBatch, Task
 from minigrpo.distributed import any_rank, max_over_ranks, rank
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
@@ -308,13 +308,13 @@ def _optimizer_state(
     return {"state": dict(enumerate(state)), "param_groups": groups}
 
 
-def save_batch(run_folder: Path, step: int, rollout: Rollout) -> None:
-    """Keep a rollout whose gradient was not finite, each rank its rows, to look into it."""
+def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
+    """Keep a batch whose gradient was not finite, each rank its rows, to look into it."""
     folder = run_folder / "skipped"
     folder.mkdir(exist_ok=True)
     tensors = {
         name: value.cpu().contiguous()
-        for name, value in vars(rollout).items()
+        for name, value in vars(batch).items()
         if isinstance(value, Tensor)
     }
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")

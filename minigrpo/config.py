@@ -133,7 +133,7 @@ class SFTConfig(RunSettings):
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
     row_length: int = flag(
-        10,
+        0,
         "tiny model: a row number stands after every so many controls, to count by; 0: none",
         at_least=0,
     )

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Literal, TypeAlias
@@ -44,6 +45,8 @@ RUN_FILES = frozenset(
 RUN_FOLDERS = frozenset(
     "attempts checkpoints evaluation plots skipped tensorboard publish.tmp".split()
 )
+# What a run that was killed before its provenance.json may leave.
+OF_A_START = frozenset("STATUS STATUS.tmp attempts provenance.json.tmp".split())
 CONSOLE = (  # metric, label, format; a line shows those that the step has
     ("reward/total", "reward", "7.2f"),
     ("rollout/frac_valid", "valid", "4.0%"),
@@ -140,10 +143,23 @@ def _take_lock(lock: Path) -> None:
         if is_alive or not (on_this_host or same_job):
             name = f"process {other['pid']} on {other['host']}, job {other['job'] or 'none'}"
             raise ValueError(f"{lock.parent} is in use by {name}; delete {lock} if not") from None
-        lock.unlink()
-        file = lock.open("x")
+        file = _replace_lock(lock, other)
     with file:
         json.dump(owner, file)
+
+
+def _replace_lock(lock: Path, dead: dict[str, str]) -> TextIOWrapper:
+    """A new lock for that of a dead owner; of several processes that try, one succeeds."""
+    aside = lock.with_name(f"LOCK.{HOST}.{os.getpid()}.tmp")
+    try:
+        lock.rename(aside)  # unlink could hit the lock of a process that was quicker
+        if _read_owner(aside) == dead:
+            aside.unlink()
+            return lock.open("x")
+        aside.rename(lock)
+    except (FileNotFoundError, FileExistsError):
+        pass
+    raise ValueError(f"{lock.parent} is in use: another process has just taken it")
 
 
 def _read_owner(lock: Path) -> dict[str, str]:
@@ -169,7 +185,7 @@ def _is_alive(pid: int) -> bool:
 
 def _make_room(folder: Path, overwrite: bool, resume: bool) -> None:
     found = {path.name: path for path in folder.iterdir() if path.name != "LOCK"}
-    if all(name == "STATUS" or name.startswith("STOP") for name in found):
+    if all(name in OF_A_START or name.startswith(("STOP", "LOCK.")) for name in found):
         return
     if "provenance.json" not in found:
         raise ValueError(f"{folder} holds files but no run (provenance.json is missing)")
@@ -191,7 +207,7 @@ def _make_room(folder: Path, overwrite: bool, resume: bool) -> None:
 def _is_ours(path: Path) -> bool:
     if path.is_dir():
         return path.name in RUN_FOLDERS
-    return path.name.removesuffix(".tmp") in RUN_FILES or path.name.startswith("STOP.")
+    return path.name.removesuffix(".tmp") in RUN_FILES or path.name.startswith(("STOP.", "LOCK."))
 
 
 class RunFolder:

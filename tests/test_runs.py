@@ -237,6 +237,41 @@ def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path, overwrite=False, resume=True)
 
 
+def test_of_two_that_find_a_dead_owner_one_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quicker one has replaced the lock after we have read it, or holds it in its hand."""
+    write_lock(tmp_path, dead_process())
+    rename = Path.rename
+
+    def is_late(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        write_lock(tmp_path, os.getppid())
+        return rename(path, target)
+
+    def is_too_late(path: Path, target: Path) -> Path:
+        path.unlink()
+        return rename(path, target)
+
+    for quicker in (is_late, is_too_late):
+        monkeypatch.setattr(Path, "rename", quicker)
+        with pytest.raises(ValueError, match="in use: another process has just taken it"):
+            open_run(tmp_path, overwrite=False, resume=True)
+        if quicker is is_late:
+            assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getppid()
+            write_lock(tmp_path, dead_process())
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    for name in ("STATUS.tmp", "provenance.json.tmp", f"LOCK.{HOST}.17.tmp", "STATUS"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "attempts" / "17.0").mkdir(parents=True)
+    for overwrite, resume in ((False, False), (True, False), (False, True)):
+        with open_run(tmp_path, overwrite, resume):
+            pass
+
+
 def test_two_open_the_same_new_folder_and_one_wins(tmp_path: Path) -> None:
     script = (
         "import sys, time; from minigrpo.runs import open_run\n"
