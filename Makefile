@@ -54,7 +54,7 @@ demo: venv
 		--save-dir $(DEMO)/evaluation --overwrite
 
 bench: venv
-	set -e; for script in benchmarks/bench_*.py; do $(PY) $$script; done
+	$(PY) benchmarks/bench_cpu.py
 
 study: venv
 	$(PY) benchmarks/study.py

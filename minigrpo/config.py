@@ -64,7 +64,12 @@ def _check_range(
 class RunSettings(Settings):
     """What both trainers share."""
 
-    seed: int = flag(0, "seed of initial weights, data order and sampled tokens", at_least=0)
+    seed: int = flag(
+        0,
+        "seed of initial weights, data order and sampled tokens",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
     device: str = flag(
         "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
@@ -174,7 +179,7 @@ class GRPOConfig(RunSettings):
     top_p: float = flag(
         0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1
     )
-    support_size: int = flag(128, "most tokens a nucleus may hold", at_least=1)
+    support_size: int = flag(128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1)
     learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
@@ -233,7 +238,9 @@ class EvalConfig(Settings):
     )
     num_cases: int = flag(512, "held-out starts", at_least=2, at_most=2048)
     save_dir: str = flag("", "where evaluation.json and plots go; empty: model_path/evaluation")
-    seed: int = flag(0, "seed of sampled tokens and of the bootstrap", at_least=0)
+    seed: int = flag(
+        0, "seed of sampled tokens and of the bootstrap", at_least=0, at_most=2**32 - 1
+    )
     initial_states: str = flag(
         "", "JSON file, a list of [position, velocity]; replaces the held-out starts"
     )
