@@ -225,6 +225,14 @@ def test_the_lock_of_a_dead_owner_or_of_this_job_is_taken_over(
         assert owner == {"job": "18", "pid": os.getpid(), "host": HOST}
 
 
+def test_a_lock_with_our_own_process_id_is_that_of_a_container_before_its_restart(
+    tmp_path: Path,
+) -> None:
+    write_lock(tmp_path, os.getpid())
+    with open_run(tmp_path, overwrite=False, resume=True) as run:
+        assert run.folder == tmp_path
+
+
 def test_without_a_job_an_empty_job_id_is_no_common_job(tmp_path: Path) -> None:
     write_lock(tmp_path, 1, "elsewhere")
     with pytest.raises(ValueError, match="in use"):
