@@ -394,6 +394,10 @@ def changed_plant(**values: object) -> dict[str, object]:
     return changed(plant={**asdict(PLANT), **values})
 
 
+def changed_codec(**values: object) -> dict[str, object]:
+    return changed(codec={**asdict(CODEC), **values})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -409,7 +413,7 @@ def changed_plant(**values: object) -> dict[str, object]:
         (changed_plant(horizon=3.5), ": plant.horizon must be of type int, got 3.5"),
         (changed_plant(horizon=True), ": plant.horizon must be of type int, got True"),
         (changed_plant(dt=-1.0), ": plant: dt must be positive and finite, got -1.0"),
-        (changed(codec={"style": "numbers"}), ": codec lacks decimals"),
+        (changed_codec(decimals=9), ": codec: decimals must be between 1 and 6, got 9"),
     ],
 )
 def test_a_foreign_manifest_is_refused_by_the_name_of_what_is_wrong(
