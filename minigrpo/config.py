@@ -174,7 +174,9 @@ class GRPOConfig(RunSettings):
     top_p: float = flag(
         0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1
     )
-    support_size: int = flag(128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1)
+    support_size: int = flag(
+        128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1
+    )
     learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
