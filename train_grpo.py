@@ -135,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
+    if Path(str(init)).resolve() == save_dir.resolve():
+        raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
     model, task, origin = load_model(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config

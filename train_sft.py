@@ -87,12 +87,10 @@ def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     given = parse_flags(SFTConfig, arguments)
-    preset = str(given.get("preset", "pretrained" if given.get("model") else "tiny"))
-    saved = (
-        saved_config(Path(str(given.get("save_dir", SFTConfig.save_dir))))
-        if given.get("resume")
-        else None
-    )
+    save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
+    saved = saved_config(save_dir) if given.get("resume") else None
+    named = given.get("preset") or (saved or {}).get("preset")
+    preset = str(named or ("pretrained" if given.get("model") else "tiny"))
     resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)
     config = resolved.config
     if config.preset == "pretrained" and not config.model:

@@ -33,15 +33,18 @@ def start_ranks(
     work: Callable[..., object],
     *arguments: object,
     results: Path | None = None,
+    errors: Path | None = None,
     seconds: float = 60,
 ) -> list[int | None]:
     """The exit codes of all ranks; one that is still there after that time is killed: -9.
 
-    One rank has no RANK, thus no process group.
+    One rank has no RANK, thus no process group. What the ranks write to stderr goes to `errors`.
     """
     port = free_port()
     processes: list[BaseProcess] = [
-        FORKED.Process(target=_rank, args=(rank, world_size, port, work, arguments, results))
+        FORKED.Process(
+            target=_rank, args=(rank, world_size, port, work, arguments, results, errors)
+        )
         for rank in range(world_size)
     ]
     try:
@@ -69,7 +72,10 @@ def _rank(
     work: Callable[..., object],
     arguments: tuple[object, ...],
     results: Path | None,
+    errors: Path | None,
 ) -> None:
+    if errors is not None:  # capfd cannot see it: the server was started in another test
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     warnings.simplefilter("error")
     faulthandler.dump_traceback_later(40)  # a hanging collective shows where
     torch.set_num_threads(1)
