@@ -79,8 +79,8 @@ def group_advantages(
     divided at all (`none`: Dr. GRPO, 2503.20783). A group of equal rewards gets exactly 0: the
     rounding of its mean, divided by 1e-4, would be a signal. ValueError if N is no whole groups.
     """
-    centred = _centred(rearrange(rewards.double(), "(p g) -> p g", g=group_size))
     scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
+    centred = _centred(rearrange(rewards.double(), "(p g) -> p g", g=group_size))
     return rearrange(centred * rearrange(scale, "p -> p 1"), "p g -> (p g)")
 
 
