@@ -5,6 +5,7 @@ import os
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: bits depend on it
 for name in [name for name in os.environ if name.startswith(("SLURM_", "RUN_DIR", "STOP_FILE"))]:
     if name != "SLURM_CONF":  # not of a job: it says which cluster sbatch talks to
         del os.environ[name]
