@@ -16,7 +16,9 @@ N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from einops import rearrange
@@ -27,8 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
-# Logits [positions, V] with more elements are made in chunks, and again in the backward pass.
-CHUNK_ELEMENTS = 2**26
+# Completion positions that go through the head together: logits [M, C, V] never exist at once.
+CHUNK_POSITIONS = 2048
+# Untruncated logits with more elements are not kept for the backward pass but made again in it.
+KEPT_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
         logprobs, ones = F.log_softmax(scaled, dim=-1), torch.ones_like(scaled[:, 0])
         return Nucleus(None, logprobs, ones, torch.zeros_like(ones, dtype=torch.bool))
     best, ids = _largest(scaled, min(acting.support_size, scaled.shape[-1]))  # [B, S]
-    probs = torch.exp(best - torch.logsumexp(scaled, dim=-1, keepdim=True))
+    # One fused pass over V: on a CPU a third of the time of log-sum-exp.
+    probs = F.softmax(scaled, dim=-1).gather(-1, ids)
     mass = probs.cumsum(dim=-1)  # [B, S]
     # A token is in if the mass above it is short of top_p; counted, so that it is a prefix even if
     # a parallel cumsum is not monotone.
@@ -130,13 +135,16 @@ def score_logits(
     Gathered before the division and the log-sum-exp: work over S values, not over V.
     """
     places = rearrange(tokens, "m c -> m c 1")
-    taken = rearrange(tempered(logits.gather(-1, places), temperature), "m c 1 -> m c")
     if support is None:
         inside = tempered(logits, temperature)
+        taken = inside.gather(-1, places)
     else:
-        ids = support.long()
-        inside = tempered(logits.gather(-1, ids.clamp(min=0)), temperature)  # [M, C, S]
-        inside = inside.masked_fill(ids < 0, -torch.inf)
+        # One gather for both: each has a backward pass that fills [M, C, V] with zeros.
+        ids = torch.cat([places, support.long()], dim=-1)  # [M, C, 1 + S]
+        both = tempered(logits.gather(-1, ids.clamp(min=0)), temperature)
+        taken, inside = torch.split(both, [1, support.shape[-1]], dim=-1)
+        inside = inside.masked_fill(support < 0, -torch.inf)
+    taken = rearrange(taken, "m c 1 -> m c")
     norm = torch.logsumexp(inside, dim=-1)  # [M, C]
     with torch.no_grad():
         weight = torch.exp(inside - rearrange(norm, "m c -> m c 1"))
@@ -163,27 +171,24 @@ def completion_scores(
     tail = prompt_mask.new_ones(len(tokens), num_completion - 1)
     mask = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, tail], dim=1)
 
+    flat_tokens = rearrange(completion_tokens, "m c -> 1 (m c)")
+
     def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
-        hidden = hidden[:, num_prompt - 1 :]  # [M, C, E]
-        step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
-        if step >= num_completion:
-            return score_logits(
-                F.linear(hidden, head_weight), completion_tokens, support, temperature
-            )
-        starts = range(0, num_completion, step)
+        hidden = rearrange(hidden[:, num_prompt - 1 :], "m c e -> 1 (m c) e")
+        hiddens = torch.split(hidden, CHUNK_POSITIONS, dim=1)
+        taken = torch.split(flat_tokens, CHUNK_POSITIONS, dim=1)
+        kept: Iterable[Tensor | None] = repeat(None, len(taken))
+        if support is not None:
+            flat_support = rearrange(support, "m c s -> 1 (m c) s")
+            kept = torch.split(flat_support, CHUNK_POSITIONS, dim=1)
+        is_large = completion_tokens.numel() * len(head_weight) > KEPT_ELEMENTS
+        score = _checkpointed if support is None and is_large else _score_chunk
         pieces = [
-            checkpoint(  # logits of a chunk are made again in the backward pass, not kept
-                _score_chunk,
-                hidden[:, i : i + step],
-                head_weight,
-                completion_tokens[:, i : i + step],
-                None if support is None else support[:, i : i + step],
-                temperature,
-                use_reentrant=False,
-            )
-            for i in starts
+            score(chunk, head_weight, tokens, ids, temperature)
+            for chunk, tokens, ids in zip(hiddens, taken, kept, strict=True)
         ]
-        return TokenScores(*(torch.cat(columns, dim=1) for columns in zip(*pieces, strict=True)))
+        joined = (torch.cat(columns, dim=1) for columns in zip(*pieces, strict=True))
+        return TokenScores(*(rearrange(x, "1 (m c) -> m c", c=num_completion) for x in joined))
 
     scores: TokenScores = model(tokens, mask, None, output)
     return scores
@@ -194,3 +199,9 @@ def _score_chunk(
 ) -> tuple[Tensor, Tensor]:
     scores = score_logits(F.linear(hidden, head_weight), tokens, support, temperature)
     return scores.logprobs, scores.entropy
+
+
+def _checkpointed(*inputs: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    """`_score_chunk`, made again in the backward pass; a gather keeps ids, a softmax all of V."""
+    scores: tuple[Tensor, Tensor] = checkpoint(_score_chunk, *inputs, use_reentrant=False)
+    return scores
