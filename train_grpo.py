@@ -37,7 +37,14 @@ from minigrpo.checkpoint import (
 )
 from minigrpo.config import GRPOConfig, parse_flags, resolve
 from minigrpo.data import Prompts, Task, make_prompts, split_starts, training_starts
-from minigrpo.distributed import any_rank, process_group, rank, world_size
+from minigrpo.distributed import (
+    any_rank,
+    gathered,
+    place_model,
+    process_group,
+    rank,
+    world_size,
+)
 from minigrpo.double_integrator import Trajectories
 from minigrpo.evaluation import validation_metrics
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
@@ -160,10 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
-        reference = (
-            load_model(Path(config.init))[0].to(device).eval() if config.kl_beta > 0 else None
-        )
-        model.to(device)
+        reference = load_model(Path(config.init))[0].eval() if config.kl_beta > 0 else None
+        for placed in (model, reference) if reference is not None else (model,):
+            place_model(placed, placed.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
@@ -179,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(batch_arithmetic(config))
 
         def evaluate(step: int) -> dict[str, float]:
-            metrics = validation_metrics(model, validation, task, config.seed)
+            with gathered(model):
+                metrics = validation_metrics(model, validation, task, config.seed)
             if is_best(folder, metrics["eval/greedy_reward"]):
                 publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
             return metrics

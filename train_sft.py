@@ -30,7 +30,14 @@ from minigrpo.checkpoint import (
 )
 from minigrpo.config import SFTConfig, parse_flags, resolve
 from minigrpo.data import SFTBatch, Task, demonstrations, keyed_generator, split_starts
-from minigrpo.distributed import any_rank, process_group, rank, world_size
+from minigrpo.distributed import (
+    any_rank,
+    gathered,
+    place_model,
+    process_group,
+    rank,
+    world_size,
+)
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lqr import QuadraticCost
@@ -118,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
-        model.to(device)
+        place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
@@ -145,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
 
         def evaluate(step: int) -> dict[str, float]:
-            metrics = validation_metrics(model, validation, task, config.seed)
+            with gathered(model):
+                metrics = validation_metrics(model, validation, task, config.seed)
             if is_best(folder, metrics["eval/greedy_reward"]):
                 publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
             return metrics

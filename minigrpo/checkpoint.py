@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import Value
 from minigrpo.data import SFTBatch, Task
-from minigrpo.distributed import any_rank, max_over_ranks, rank
+from minigrpo.distributed import any_rank, cut_like, max_over_ranks, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, render_controls
@@ -283,7 +283,8 @@ def load_trainer(
     path = folder / "trainer.safetensors"
     counters: dict[str, float | int] = json.loads(_metadata(path, "counters")["counters"])
     state = _optimizer_state(load_file(path), model, optimizer, path)
-    model.load_state_dict(loaded.state_dict())
+    places = model.state_dict()
+    model.load_state_dict({k: cut_like(v, places[k]) for k, v in loaded.state_dict().items()})
     optimizer.load_state_dict(state)
     return counters
 
@@ -304,7 +305,10 @@ def _optimizer_state(
             got = tuple(moments[key[kind]].shape)
             if got != shape:
                 raise ValueError(f"{path}: {key[kind]} must have shape {tuple(shape)}, got {got}")
-    state = [{kind: moments[name] for kind, name in key.items()} for key in keys]
+    state = [
+        {kind: cut_like(moments[name], parameter) for kind, name in key.items()}
+        for parameter, key in zip(trained, keys, strict=True)
+    ]
     return {"state": dict(enumerate(state)), "param_groups": groups}
 
 
@@ -321,14 +325,14 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
 
 
 def _full_weights(model: Transformer) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    return {name: whole(value).detach().cpu() for name, value in model.state_dict().items()}
 
 
 def _full_moments(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """AdamW's tensors as `exp_avg.blocks.0...`; none before the first step."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{kind}.{names[parameter]}": state[kind].detach().cpu()
+        f"{kind}.{names[parameter]}": whole(state[kind]).detach().cpu()
         for parameter, state in optimizer.state.items()
         for kind in MOMENTS
     }

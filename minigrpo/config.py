@@ -97,6 +97,11 @@ class RunSettings(Settings):
     stop_after_minutes: float = flag(
         0.0, "save and stop cleanly after that time; 0 is never", at_least=0
     )
+    parallel: str = flag(
+        "ddp",
+        "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
+        choices=("ddp", "fsdp"),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from torch.nn import functional as F
 
 from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch
-from minigrpo.distributed import gradient_norm, reduce_gradients, scale_gradient, sum_over_ranks
+from minigrpo.distributed import (
+    backward,
+    gradient_norm,
+    max_over_ranks,
+    reduce_gradients,
+    scale_gradient,
+    sum_over_ranks,
+)
 from minigrpo.policy import tempered
 from minigrpo.transformer import Transformer
 
@@ -80,11 +87,13 @@ def supervised_step(
     device = batch.tokens.device
     num_labelled = sum_over_ranks(batch.completion_mask.sum().double())
     total = torch.zeros((), dtype=torch.float64, device=device)
-    rows = torch.arange(len(batch.tokens), device=device)
-    for chosen in torch.split(rows, config.micro_batch_size):
+    rows, size = torch.arange(len(batch.tokens), device=device), config.micro_batch_size
+    num_micro = max_over_ranks(math.ceil(len(rows) / size))  # shards are gathered in each
+    for i in range(num_micro):
+        chosen = rows[i * size : (i + 1) * size]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = sft_loss(model, batch.rows(chosen), smoothing)
-        torch.autograd.backward(loss / num_labelled)
+        backward(model, loss / num_labelled)
         total += loss.detach()
     reduce_gradients(model)
     norm = gradient_norm(model)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from ranks import run_ranks, start_ranks
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import train_grpo
 import train_sft
@@ -26,15 +27,17 @@ from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
     any_rank,
-    barrier,
     gather_rows,
+    gathered,
     gradient_norm,
     max_over_ranks,
+    place_model,
     process_group,
     rank,
     reduce_gradients,
     scale_gradient,
     sum_over_ranks,
+    whole,
     world_size,
 )
 from minigrpo.optim import adamw
@@ -70,7 +73,6 @@ def agreements() -> dict[str, object]:
         me = rank()
         counted = torch.tensor([1.0, 10.0**me])
         mine = [torch.full((me,), float(i)) for i in range(2 - me % 2)]
-        barrier()
         return {
             "sum": sum_over_ranks(counted).tolist(),
             "kept": counted.tolist(),
@@ -161,16 +163,18 @@ def make_rollout(places: Tensor) -> Rollout:
     )
 
 
-def grpo_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
+def grpo_gradients(variants: list[GRPOConfig], nodes: int = 1) -> dict[str, object]:
     """The gradient of every optimizer step at the first weights, and what two updates then do."""
     found: dict[str, object] = {}
-    with process_group("cpu"):
+    with process_group("cpu") as device:
+        os.environ["LOCAL_WORLD_SIZE"] = str(world_size() // nodes)
         for i, config in enumerate(variants):
             rollout, model = make_rollout(torch.arange(rank(), PROMPTS, world_size())), make_model()
+            place_model(model, model.blocks, device, config.parallel)
             frozen, seen = torch.optim.SGD(model.parameters()), []
 
             def record(*_: object, model: Transformer = model, seen: list[Tensor] = seen) -> None:
-                parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+                parts = [whole(p.grad).flatten() for p in model.parameters() if p.grad is not None]
                 seen.append(torch.cat(parts))
 
             frozen.register_step_pre_hook(record)
@@ -182,7 +186,7 @@ def grpo_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
             for step in range(2):
                 update = update_policy(model, optimizer, rollout, config, step, 1e-2, LENGTH)
                 found[f"metrics {i} {step}"] = torch.tensor([*update.metrics.values()]).double()
-            weights = [parameter.detach().flatten() for parameter in model.parameters()]
+            weights = [whole(parameter.detach()).flatten() for parameter in model.parameters()]
             found[f"weights {i}"] = torch.cat(weights)
     return found
 
@@ -212,6 +216,35 @@ def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:
     for world in (2, 3):
         for got in run_ranks(world, grpo_gradients, variants):
             assert_close(got, alone, 1e-6)
+    sharded = [replace(variant, parallel="fsdp") for variant in variants]
+    for world, nodes in ((2, 1), (3, 1), (4, 2)):  # 8 rows do not divide by 3
+        for got in run_ranks(world, grpo_gradients, sharded, nodes):
+            assert_close(got, alone, 1e-6)
+
+
+def held_numbers() -> list[int]:
+    """How many numbers of the model this rank holds: at first, while sampling, afterwards."""
+    with process_group("cpu") as device:
+        model = make_model()
+        place_model(model, model.blocks, device, "fsdp")
+
+        def count() -> int:
+            local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+            return sum(parameter.numel() for parameter in local)
+
+        counts = [count()]
+        with gathered(model):
+            counts.append(count())
+        return [*counts, count()]
+
+
+def test_a_sharded_model_is_whole_only_while_sampling() -> None:
+    full = make_model().num_parameters()
+    assert run_ranks(1, held_numbers) == [[full] * 3]  # nobody to share with
+    held = run_ranks(2, held_numbers)
+    assert [counts[1] for counts in held] == [full, full]
+    assert sum(counts[0] for counts in held) == full and max(held)[0] < 0.6 * full
+    assert [counts[2] for counts in held] == [counts[0] for counts in held]
 
 
 def supervised_steps(config: SFTConfig) -> dict[str, object]:
@@ -223,14 +256,15 @@ def supervised_steps(config: SFTConfig) -> dict[str, object]:
     data = SFTBatch(tokens, places < ends, (places >= 2) & (places < ends))
     smoothing = smoothing_matrix(torch.arange(VOCAB).double(), 1.5)
     found: dict[str, object] = {}
-    with process_group("cpu"):
+    with process_group("cpu") as device:
         model = make_model()
+        place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
         for step, rows in enumerate((range(5), range(5, 9), range(9, 11))):
             batch = data.rows(torch.tensor(rows[rank() :: world_size()], dtype=torch.int64))
             metrics = supervised_step(model, optimizer, batch, smoothing, config, 1e-2)
             found[f"metrics {step}"] = torch.tensor([*metrics.values()]).double()
-        found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found["weights"] = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
     return found
 
 
@@ -238,8 +272,9 @@ def test_a_supervised_step_is_the_same_on_any_number_of_ranks() -> None:
     config = SFTConfig(micro_batch_size=2)
     alone = run_ranks(1, supervised_steps, config)[0]
     for world in (2, 3):
-        for got in run_ranks(world, supervised_steps, config):
-            assert_close(got, alone, 1e-6)
+        for parallel in ("ddp", "fsdp"):
+            for got in run_ranks(world, supervised_steps, replace(config, parallel=parallel)):
+                assert_close(got, alone, 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -284,27 +319,32 @@ def assert_same_logs(got: list[dict[str, float]], expected: list[dict[str, float
 
 
 def test_a_grpo_run_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
-    flags = [*GRPO_FLAGS, "--init", str(supervised)]
+    """Sharded too: ranks then sample different numbers of tokens with gathered parameters."""
     found, logs = {}, {}
-    for world in (1, 2, 3):
-        folder = tmp_path / str(world)
+    for way in ((1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "fsdp")):
+        world, parallel = way
+        folder = tmp_path / parallel / str(world)
+        flags = [*GRPO_FLAGS, "--init", str(supervised), "--parallel", parallel]
         texts = run_ranks(world, completions_of_run, [*flags, "--save-dir", str(folder)])
-        found[world] = {place: group for share in texts for place, group in share.items()}
+        found[way] = {place: group for share in texts for place, group in share.items()}
         assert [len(share) for share in texts] == [3 * 6 // world] * world
-        logs[world] = logged(folder)
-    assert len(found[1]) == 3 * 6 and [line["step"] for line in logs[1]] == [0, 1, 2, 3]
-    assert len({text for group in found[1].values() for text in group}) > 20
-    assert 0 < logs[1][1]["rollout/frac_valid"]
-    for world in (2, 3):
-        assert found[world] == found[1]
-        assert_same_logs(logs[world], logs[1])
+        logs[way] = logged(folder)
+    alone, log = found.pop((1, "ddp")), logs.pop((1, "ddp"))
+    assert len(alone) == 3 * 6 and [line["step"] for line in log] == [0, 1, 2, 3]
+    assert len({text for group in alone.values() for text in group}) > 20
+    assert 0 < log[1]["rollout/frac_valid"]
+    for way in found:
+        assert found[way] == alone
+        assert_same_logs(logs[way], log)
 
 
 def test_a_supervised_run_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
     """5 rows a step, 2 in a micro-batch: 3 ranks have 2, 2 and 1 of them."""
-    for world in (1, 2, 3):
-        run_ranks(world, train_sft.main, [*SFT_FLAGS, "--save-dir", str(tmp_path / str(world))])
-        assert_same_logs(logged(tmp_path / str(world)), logged(tmp_path / "1"))
+    for world, parallel in ((1, "ddp"), (2, "ddp"), (3, "ddp"), (3, "fsdp")):
+        folder = tmp_path / parallel / str(world)
+        flags = [*SFT_FLAGS, "--parallel", parallel, "--save-dir", str(folder)]
+        run_ranks(world, train_sft.main, flags)
+        assert_same_logs(logged(folder), logged(tmp_path / "ddp" / "1"))
 
 
 def waits_for_a_rank_that_hangs() -> None:
@@ -342,7 +382,7 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=60, env=environment
+        [*command, str(script)], capture_output=True, text=True, timeout=250, env=environment
     )
     assert done.returncode != 0
     assert "error on rank 1: the second rank has a mistake in it" in done.stderr

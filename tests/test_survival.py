@@ -111,7 +111,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         assert described == metadata and got.keys() == wanted.keys()
         assert [key for key in got if not torch.equal(got[key], wanted[key])] == []
     assert lines(folder) == lines(expected)
-    assert [line["step"] for line in lines(folder)] == list(range(9))
+    assert [line["step"] for line in lines(folder)] == list(range(len(lines(folder))))
     if (expected / "samples.jsonl").exists():
         assert lines(folder, "samples.jsonl") == lines(expected, "samples.jsonl")
 
@@ -170,56 +170,74 @@ def test_a_stop_is_saved_and_ends_well(
         assert lines(folder) == lines(undisturbed["grpo"])[: last + 1]
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_one_and_three(
-    begun: Callable[[str, Path], list[str]], undisturbed: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "ddp"), [(1, "ddp"), (3, "ddp"), (2, "fsdp")]),
+        ((2, "fsdp"), [(1, "fsdp"), (2, "ddp"), (3, "fsdp")]),
+    ],
+)
+def test_a_checkpoint_resumes_on_other_numbers_of_ranks_sharded_or_not(
+    before: tuple[int, str],
+    after: list[tuple[int, str]],
+    begun: Callable[[str, Path], list[str]],
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     stop = partial(raise_signal, signal.SIGTERM)
-    run_ranks(2, train, "grpo", begun("grpo", tmp_path / "2"), 4, stop)
-    for num_ranks in (1, 3):
-        folder = tmp_path / str(num_ranks)
-        shutil.copytree(tmp_path / "2", folder)
-        run_ranks(num_ranks, train, "grpo", [*begun("grpo", folder), *RESUME])
+    num_ranks, parallel = before
+    flags = [*begun("grpo", tmp_path / "run"), "--parallel", parallel]
+    run_ranks(num_ranks, train, "grpo", flags, 4, stop)
+    assert status(tmp_path / "run") == "stopped"
+    for num_ranks, parallel in after:
+        folder = tmp_path / f"{num_ranks}-{parallel}"
+        shutil.copytree(tmp_path / "run", folder)
+        flags = [*begun("grpo", folder), "--parallel", parallel, *RESUME]
+        run_ranks(num_ranks, train, "grpo", flags)
         assert status(folder) == "finished"
         for got, expected in zip(lines(folder), lines(undisturbed["grpo"]), strict=True):
             # Other batch shapes round differently, and eight updates carry that on.
             assert got == pytest.approx(expected, rel=1e-2, abs=1e-4, nan_ok=True)
 
 
-def kill_at_random(
-    num_kills: int, flags: list[str], folder: Path, seconds: float, seed: int
-) -> list[int]:
-    """Resume, and kill -9: within `seconds` of the start, or in the middle of a save."""
-    instant, last_steps = random.Random(seed), []
-    for i in range(num_kills):
-        process = FORKED.Process(target=train, args=("grpo", [*flags, *RESUME]))
-        process.start()
-        end = time.monotonic() + instant.uniform(0, seconds)
-        while time.monotonic() < end and process.is_alive():
-            if i % 3 == 2 and list((folder / "checkpoints").glob("*.tmp")):
-                break
-            time.sleep(0.0005)
-        process.kill()
-        process.join()
-        log = folder / "metrics.jsonl"
-        last_steps.append(log.read_bytes().count(b"\n") if log.exists() else 0)
-    return last_steps
+def kill_at_random(flags: list[str], folder: Path, seconds: float, seed: int) -> int | None:
+    """Resume, kill -9 within `seconds` of the start or in the middle of a save -> exit code."""
+    instant = random.Random(seed)
+    process = FORKED.Process(target=train, args=("grpo", [*flags, *RESUME]))
+    process.start()
+    end = time.monotonic() + instant.uniform(0, seconds)
+    while time.monotonic() < end and process.is_alive():
+        if seed % 3 == 2 and list((folder / "checkpoints").glob("*.tmp")):
+            break
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_kills", "num_steps"), [(3, 8), pytest.param(20, 160, marks=pytest.mark.slow)]
+)
 def test_kill_9_at_any_instant_loses_nothing(
-    num_kills: int,
-    begun: Callable[[str, Path], list[str]],
-    undisturbed: dict[str, Path],
-    tmp_path: Path,
+    num_kills: int, num_steps: int, begun: Callable[[str, Path], list[str]], tmp_path: Path
 ) -> None:
-    flags = begun("grpo", tmp_path / "run")
+    """A kill may come as late as an undisturbed run of eight steps takes."""
     began = time.monotonic()
     run_ranks(1, train, "grpo", begun("grpo", tmp_path / "timed"))
-    seconds = time.monotonic() - began
-    steps = kill_at_random(num_kills, flags, tmp_path / "run", seconds, seed=num_kills)
-    print("lines of metrics.jsonl at each kill:", steps)
+    seconds = (time.monotonic() - began) * (0.6 if num_steps == 8 else 1.2)
+    steps = ["--steps", str(num_steps)]
+    run_ranks(1, train, "grpo", [*begun("grpo", tmp_path / "undisturbed"), *steps])
+    folder = tmp_path / "run"
+    flags = [*begun("grpo", folder), *steps]
+    exits, reached = [], []
+    for seed in range(num_kills):
+        exits.append(kill_at_random(flags, folder, seconds, seed))
+        log = folder / "metrics.jsonl"
+        reached.append(log.read_bytes().count(b"\n") if log.exists() else 0)
+    print("lines of metrics.jsonl at each kill:", reached)
+    assert exits.count(-9) == num_kills or num_steps == 8, "too few steps, or too late"
     run_ranks(1, train, "grpo", [*flags, *RESUME])
-    assert_same_run(tmp_path / "run", undisturbed["grpo"])
+    assert_same_run(folder, tmp_path / "undisturbed")
 
 
 def test_a_cut_newest_checkpoint_is_not_used(
