@@ -1,8 +1,8 @@
 """Supervised fine-tuning on LQR demonstrations: python train_sft.py [--help].
 
-A fixed, seeded set of demonstrations. The checkpoint with the best greedy reward on validation
-starts is published in
-save_dir, so that GRPO has to beat supervised training at its best.
+A fixed, seeded set of demonstrations, flown under noise with the answers of LQR as labels. The
+checkpoint with the best greedy reward on validation starts is published in save_dir, so that GRPO
+has to beat supervised training at its best.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from minigrpo.checkpoint import (
     saved_config,
 )
 from minigrpo.config import SFTConfig, parse_flags, resolve
-from minigrpo.data import SFTBatch, Task, demonstrations, keyed_generator, split_starts
+from minigrpo.data import (
+    SFTBatch,
+    Task,
+    demonstrations,
+    disturbances,
+    keyed_generator,
+    split_starts,
+)
 from minigrpo.distributed import (
     any_rank,
     gathered,
@@ -134,9 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.record_attempt(vars(config), device)
         split = split_starts(task.plant)
         order = keyed_generator(config.seed, "demonstrations").permutation(len(split.training))
-        data = demonstrations(
-            split.training[torch.from_numpy(order[: config.num_demonstrations])], task
-        )
+        starts = split.training[torch.from_numpy(order[: config.num_demonstrations])]
+        scale, horizon = config.demonstration_noise, task.plant.horizon
+        noise = disturbances(len(starts), horizon, scale, config.seed) if scale > 0 else None
+        data = demonstrations(starts, task, noise)
         validation = split.validation[: config.eval_cases]
         smoothing: Tensor | None = None
         if config.smoothing_width > 0 and task.codec.style == "numbers":

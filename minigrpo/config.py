@@ -120,6 +120,12 @@ class SFTConfig(RunSettings):
     num_demonstrations: int = flag(
         1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
+    demonstration_noise: float = flag(
+        0.2,
+        "tiny model: largest size of the noise on a demonstration's controls, m/s^2; LQR's answers "
+        "to where it leads are the labels",
+        at_least=0,
+    )
     steps: int = flag(600, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
@@ -133,7 +139,7 @@ class SFTConfig(RunSettings):
         1.0, "gradient norm above which the gradient is scaled down", above=0
     )
     smoothing_width: float = flag(
-        0.01, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
+        0.03, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
     )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
@@ -145,7 +151,7 @@ class SFTConfig(RunSettings):
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)
-    num_heads: int = flag(2, "tiny model: attention heads", at_least=1)
+    num_heads: int = flag(4, "tiny model: attention heads", at_least=1)
     rope_theta: float = flag(1000.0, "tiny model: base of the rotary frequencies", above=1)
     tied_head: bool = flag(False, "tiny model: the head shares the embedding")
 
@@ -277,6 +283,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "batch_size": 16,
         "micro_batch_size": 4,
         "smoothing_width": 0.0,
+        "demonstration_noise": 0.0,
         "weight_decay": 0.0,
     },
     ("pretrained", GRPOConfig): {"micro_batch_size": 8},

@@ -57,7 +57,7 @@ def sft_loss(model: Transformer, batch: SFTBatch, smoothing: Tensor | None) -> T
 
     def output(hidden: Tensor, head_weight: Tensor) -> Tensor:
         logits = tempered(F.linear(hidden[predicts], head_weight), 1.0)  # [labelled, V]
-        targets = batch.tokens[:, 1:][predicts]
+        targets = batch.labels[:, 1:][predicts]
         if smoothing is None:
             return F.cross_entropy(logits, targets, reduction="sum")
         # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.

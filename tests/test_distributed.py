@@ -253,7 +253,7 @@ def supervised_steps(config: SFTConfig) -> dict[str, object]:
     tokens = torch.randint(VOCAB, (11, LENGTH), generator=generator)
     places = torch.arange(LENGTH).expand(11, LENGTH)
     ends = torch.randint(3, LENGTH + 1, (11, 1), generator=generator)
-    data = SFTBatch(tokens, places < ends, (places >= 2) & (places < ends))
+    data = SFTBatch(tokens, tokens, places < ends, (places >= 2) & (places < ends))
     smoothing = smoothing_matrix(torch.arange(VOCAB).double(), 1.5)
     found: dict[str, object] = {}
     with process_group("cpu") as device:
