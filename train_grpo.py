@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -48,7 +49,13 @@ from minigrpo.distributed import (
 from minigrpo.double_integrator import Trajectories
 from minigrpo.evaluation import validation_metrics
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
-from minigrpo.optim import adamw, cosine_learning_rate
+from minigrpo.optim import (
+    adamw,
+    cosine_learning_rate,
+    has_converged,
+    linear,
+    plateau_factor,
+)
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
@@ -73,14 +80,18 @@ def batch_arithmetic(config: GRPOConfig) -> str:
 
 
 def reward_function(
-    config: GRPOConfig, task: Task
+    config: GRPOConfig, task: Task, final_errors: Sequence[float] = ()
 ) -> Callable[[ParsedControls, Trajectories], Rewards]:
-    """The reward that the flags describe."""
+    """The reward that the flags describe; `final_errors` of the steps so far, for its rate."""
+    rate = RewardWeights.terminal_rate
+    if config.adaptive_terminal and final_errors:
+        rate = 1 / max(0.01, fmean(final_errors[-10:]))
     weights = RewardWeights(
         baseline=config.reward_baseline,
         progress=config.reward_progress,
         proximity=config.reward_proximity,
         terminal=config.reward_terminal,
+        terminal_rate=rate,
         efficiency=config.reward_efficiency,
         smoothness=config.reward_smoothness,
         lqr=config.reward_lqr,
@@ -100,7 +111,8 @@ def prompts_of_step(
     training: Tensor, config: GRPOConfig, task: Task, step: int
 ) -> tuple[Prompts, Tensor]:
     """This rank's prompts of one step, and their places among those of all ranks."""
-    starts, indices = training_starts(training, config.seed, step, config.prompts_per_step)
+    reach = linear(step, config.curriculum_steps, 0.25, 1.0) if config.curriculum_steps else 1.0
+    starts, indices = training_starts(training, config.seed, step, config.prompts_per_step, reach)
     places = torch.arange(rank(), config.prompts_per_step, world_size())
     return make_prompts(starts[places], indices[places], task), places
 
@@ -178,7 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.record_attempt(vars(config), device)
         split = split_starts(task.plant)
         validation = split.validation[: config.eval_cases]
-        reward = reward_function(config, task)
         if rank() == 0:
             print(resolved.table())
             print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
@@ -194,19 +205,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.start(done if start else -1, config.steps)
         if not start:
             run.log(0, evaluate(0))
-        stopped, num_skipped = False, 0
+        stopped, last, num_skipped, history = False, False, 0, run.history()
+
+        def column(name: str) -> list[float]:
+            return [row[name] for row in history if name in row]
+
+        def converged() -> bool:
+            return has_converged(column("eval/greedy_reward"), config.stop_patience)
+
         for step in range(done, config.steps):
+            if converged():  # before this process resumed it
+                break
             began = time.perf_counter()
+            acting = config
+            if config.final_temperature:
+                ends = config.temperature, config.final_temperature
+                acting = replace(config, temperature=linear(step, config.steps - 1, *ends))
             rate = cosine_learning_rate(
                 step, config.steps, config.learning_rate, config.warmup_steps
-            )
+            ) * plateau_factor(column("reward/total"), config.plateau_patience)
+            reward = reward_function(config, task, column("rollout/final_error"))
             prompts, places = prompts_of_step(split.training, config, task, step)
             rollout, experience, seconds = make_rollout(
-                model, reference, prompts, places, config, task, reward
+                model, reference, prompts, places, acting, task, reward
             )
             updating = time.perf_counter()
             update = update_policy(
-                model, optimizer, rollout, config, step, rate, task.max_completion_length
+                model, optimizer, rollout, acting, step, rate, task.max_completion_length
             )
             metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
             metrics["time/update_s"] = time.perf_counter() - updating
@@ -222,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if last or (step + 1) % config.eval_every == 0:
                 metrics |= evaluate(step + 1)
             run.log(step + 1, metrics)
+            history.append(metrics)
+            last = last or converged()
             if num_skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise FloatingPointError(
                     f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
@@ -232,9 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}
                 )
                 prune_checkpoints(folder, config.keep_last)
-            if stopped:
+            if stopped or last:
                 break
-        run.finish("stopped" if stopped and step + 1 < config.steps else "finished")
+        run.finish("stopped" if stopped and not last else "finished")
         if rank() == 0 and (best := published(folder)):
             print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
 

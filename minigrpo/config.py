@@ -182,6 +182,12 @@ class GRPOConfig(RunSettings):
     temperature: float = flag(
         1.5, "of the acting policy, in sampling and in every log-prob", above=0
     )
+    final_temperature: float = flag(
+        0.0, "temperature of the last step, reached linearly; 0 keeps temperature", at_least=0
+    )
+    curriculum_steps: int = flag(
+        0, "steps in which the starts grow from the middle quarter to all; 0: all", at_least=0
+    )
     top_p: float = flag(
         0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1
     )
@@ -190,6 +196,14 @@ class GRPOConfig(RunSettings):
     )
     learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
+    plateau_patience: int = flag(
+        0,
+        "halve the rate when that many steps earn no more than those before; 0: never",
+        at_least=0,
+    )
+    stop_patience: int = flag(
+        0, "finish after that many evaluations without a new best one; 0: never", at_least=0
+    )
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
     adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
     max_grad_norm: float = flag(
@@ -221,6 +235,9 @@ class GRPOConfig(RunSettings):
     )
     reward_proximity: float = flag(15.0, "weight of exp(-2 mean distance)", at_least=0)
     reward_terminal: float = flag(25.0, "weight of exp(-10 final error)", at_least=0)
+    adaptive_terminal: bool = flag(
+        False, "the terminal term's rate follows performance: 1 / (final error of 10 rollouts)"
+    )
     reward_efficiency: float = flag(10.0, "weight of exp(-mean |u|)", at_least=0)
     reward_smoothness: float = flag(8.0, "weight of exp(-2 mean |u_k - u_{k-1}|)", at_least=0)
     reward_lqr: float = flag(15.0, "weight of -tanh(cost / 200)", at_least=0)

@@ -100,9 +100,15 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
 
 
 def training_starts(
-    starts: Tensor, seed: int, step: int, num_prompts: int
+    starts: Tensor, seed: int, step: int, num_prompts: int, reach: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Fresh random starts [P, 2] of one step and their places [P] in the run's prompt stream."""
+    """Fresh random starts [P, 2] of one step and their places [P] in the run's prompt stream.
+
+    `reach` in (0, 1] is the share of the square they come from, by side: a curriculum's stage.
+    """
+    if reach < 1.0:
+        size = starts.abs().amax(dim=1)  # [K]
+        starts = starts[size <= reach * size.max()]
     chosen = keyed_generator(seed, "prompts", step).integers(len(starts), size=num_prompts)
     places = torch.arange(step * num_prompts, (step + 1) * num_prompts)
     return starts[torch.from_numpy(chosen)], places

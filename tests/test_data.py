@@ -117,6 +117,18 @@ def test_steps_and_seeds_draw_fresh_starts_and_the_stream_repeats():
     assert places.tolist() == list(range(20))  # no key of randomness is used twice
 
 
+def test_a_curriculum_draws_from_the_middle_of_the_square():
+    starts = SPLIT.training
+    for reach in (0.25, 0.6):
+        drawn, places = training_starts(starts, 3, 5, 997, reach)
+        size = drawn.abs().amax(dim=1)
+        assert 0.97 * reach * 0.8 < float(size.max()) <= reach * 0.8 + 1e-9
+        assert places.tolist() == list(range(5 * 997, 6 * 997))
+    whole, _ = training_starts(starts, 3, 5, 997)
+    assert torch.equal(whole, training_starts(starts, 3, 5, 997, 1.0)[0])
+    assert float(whole.abs().max()) > 0.79
+
+
 def test_uniforms_of_a_prompt_do_not_depend_on_the_other_prompts():
     places = torch.tensor([40, 7, 12, 3])
     whole = token_uniforms(0, places, 3, 11)

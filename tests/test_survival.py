@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor
 import train_grpo
 import train_sft
 from minigrpo.distributed import rank
+from minigrpo.optim import cosine_learning_rate
 
 SFT = (
     "--device cpu --width 16 --mlp-width 32 --num-heads 2 --num-layers 1 --horizon 5 --steps 8 "
@@ -137,6 +139,35 @@ def test_eight_steps_are_four_and_resume_and_four(
     assert status(tmp_path / "run") == "stopped" and len(lines(tmp_path / "run")) == 5
     run_ranks(1, train, stage, [*flags, *RESUME])
     assert_same_run(tmp_path / "run", undisturbed[stage])
+
+
+LOOKING_BACK = (
+    "--plateau-patience 1 --adaptive-terminal --final-temperature 0.5 --curriculum-steps 6 "
+    "--stop-patience 2 --eval-every 2"
+).split()
+
+
+def test_schedules_that_look_back_go_on_where_they_were(
+    begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    run_ranks(1, train, "grpo", [*begun("grpo", straight), *LOOKING_BACK])
+    flags = [*begun("grpo", cut), *LOOKING_BACK]
+    run_ranks(1, train, "grpo", flags, 2, partial(raise_signal, signal.SIGTERM))
+    assert status(cut) == "stopped"
+    run_ranks(1, train, "grpo", [*flags, *RESUME])
+    assert_same_run(cut, straight)
+    found = lines(straight)
+    rewards = [line["reward/total"] for line in found[1:]]
+    plain = [cosine_learning_rate(step, 8, 1e-2, 10) for step in range(len(rewards))]
+    for step, line in enumerate(found[1:]):  # of the steps before, each one that earned no more
+        drops = sum(b <= a for a, b in pairwise(rewards[:step]))
+        assert line["update/learning_rate"] == plain[step] * 0.5**drops
+    assert plain != [line["update/learning_rate"] for line in found[1:]]
+    scores = [line["eval/greedy_reward"] for line in found if "eval/greedy_reward" in line]
+    assert len(found) < 9 and max(scores[-2:]) <= max(scores[:-2])  # it finished early, and why
+    run_ranks(1, train, "grpo", [*flags, *RESUME])  # and is not resumed into more steps
+    assert lines(cut) == found and status(cut) == "finished"
 
 
 def ways_to_stop(folder: Path) -> dict[str, tuple[int, Action, list[str]]]:
