@@ -4,6 +4,8 @@ Processes are real and talk over gloo. The gradients are compared in float64, wh
 of additions differs; whole runs are float32.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import train_grpo
+import evaluate
 import train_sft
 from minigrpo import distributed
 from minigrpo.config import GRPOConfig, SFTConfig
@@ -374,6 +377,30 @@ def main():
 
 run_command(main)
 """
+
+def evaluation_of_run(flags: list[str]) -> str:
+    """What this rank prints; pictures, which take seconds, are left out."""
+    evaluate.draw_plots = lambda *_: None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.main(flags)
+    return printed.getvalue()
+
+
+def test_an_evaluation_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
+    """Three ranks have 3, 2 and 2 of the seven plans, and of two MPC starts one each and none."""
+    flags = ["--model-path", str(supervised), "--num-cases", "7", "--mpc-cases", "2"]
+    reports = {}
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        own = [*flags, "--device", "cpu", "--save-dir", str(folder)]
+        printed = run_ranks(world, evaluation_of_run, own)
+        assert "evaluation.json" in printed[0] and printed[1:] == [""] * (world - 1)
+        assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "evaluation.json"]
+        report = json.loads((folder / "evaluation.json").read_text())
+        assert report.pop("config")["save_dir"] == str(folder)
+        reports[world] = report, (folder / "cases.csv").read_text()
+    assert reports[2] == reports[1] and reports[3] == reports[1]
+
 
 
 def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
