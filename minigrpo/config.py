@@ -103,6 +103,10 @@ class RunSettings(Settings):
         "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
         choices=("ddp", "fsdp"),
     )
+    sync_check: int = flag(
+        50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
+        at_least=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

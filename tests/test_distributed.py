@@ -31,6 +31,7 @@ from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
     any_rank,
     gather_rows,
+    check_equal_weights,
     gathered,
     gradient_norm,
     max_over_ranks,
@@ -228,6 +229,30 @@ def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:
 def held_numbers() -> list[int]:
     """How many numbers of the model this rank holds: at first, while sampling, afterwards."""
     with process_group("cpu") as device:
+def copies_that_part() -> list[str]:
+    """What the check says of equal copies, and after the last rank's third weight moved a bit."""
+    said = []
+    with process_group("cpu"):
+        model = make_model().float()
+        name, weight = list(model.named_parameters())[2]
+        for nudge in (0, 1):
+            if rank() == world_size() - 1:
+                weight.data.view(torch.int32).flatten()[0] += nudge
+            try:
+                check_equal_weights(model)
+                said.append("equal")
+            except RuntimeError as error:
+                said.append(str(error).replace(name, "it"))
+    return said
+
+
+def test_copies_of_the_weights_that_differ_by_a_bit_are_an_error_on_every_rank() -> None:
+    assert run_ranks(1, copies_that_part) == [["equal", "equal"]]
+    found = zip(run_ranks(3, copies_that_part), ("0 and 2", "1 and 2", "2 and 0"), strict=True)
+    for said, pair in found:
+        assert said == ["equal", f"it differs between ranks {pair}"]
+
+
         model = make_model()
         place_model(model, model.blocks, device, "fsdp")
 

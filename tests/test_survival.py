@@ -26,6 +26,7 @@ from torch import Tensor
 import train_grpo
 import train_sft
 from minigrpo.distributed import rank
+from minigrpo.transformer import Transformer
 
 SFT = (
     "--device cpu --width 16 --mlp-width 32 --num-heads 2 --num-layers 1 --horizon 5 --steps 8 "
@@ -348,3 +349,31 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     saved = sorted((folder / "skipped").iterdir())
     assert len(saved) == 3 * num_ranks
     assert load_file(saved[-1])["advantages"].isnan().all()
+
+
+def nudge_the_second_rank(stage: str) -> None:
+    """From the next step on its last weights are off by a little."""
+    module = train_grpo if stage == "grpo" else train_sft
+    name = "update_policy" if stage == "grpo" else "supervised_step"
+    work = getattr(module, name)
+
+    def nudged(model: Transformer, *arguments: object) -> object:
+        done = work(model, *arguments)
+        if rank() == 1:
+            list(model.parameters())[-1].data += 1e-6
+        return done
+
+    setattr(module, name, nudged)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_ranks_whose_weights_part_end_the_run(
+    stage: str, begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """The third step is the first to go wrong, the fourth is looked at before it is saved."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    nudge = partial(nudge_the_second_rank, stage)
+    flags = [*begun(stage, folder), "--sync-check", "4"]
+    assert start_ranks(2, train, stage, flags, 2, nudge, errors=errors) == [1, 1]
+    assert "differs between ranks 0 and 1" in errors.read_text()
+    assert checkpoints(folder) == ["step-000002"]
