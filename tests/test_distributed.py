@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,16 +23,16 @@ from ranks import run_ranks, start_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import train_grpo
 import evaluate
+import train_grpo
 import train_sft
 from minigrpo import distributed
 from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
     any_rank,
-    gather_rows,
     check_equal_weights,
+    gather_rows,
     gathered,
     gradient_norm,
     max_over_ranks,
@@ -46,6 +47,7 @@ from minigrpo.distributed import (
 )
 from minigrpo.optim import adamw
 from minigrpo.rollout import Rollout
+from minigrpo.runs import run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import update_policy
@@ -220,15 +222,13 @@ def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:
     for world in (2, 3):
         for got in run_ranks(world, grpo_gradients, variants):
             assert_close(got, alone, 1e-6)
-    sharded = [replace(variant, parallel="fsdp") for variant in variants]
-    for world, nodes in ((2, 1), (3, 1), (4, 2)):  # 8 rows do not divide by 3
+    (alone,) = run_ranks(1, grpo_gradients, variants[-1:])
+    sharded = [replace(variants[-1], parallel="fsdp")]  # the rank with more rows decides how often
+    for world, nodes in ((3, 1), (4, 2)):  # 8 rows do not divide by 3
         for got in run_ranks(world, grpo_gradients, sharded, nodes):
             assert_close(got, alone, 1e-6)
 
 
-def held_numbers() -> list[int]:
-    """How many numbers of the model this rank holds: at first, while sampling, afterwards."""
-    with process_group("cpu") as device:
 def copies_that_part() -> list[str]:
     """What the check says of equal copies, and after the last rank's third weight moved a bit."""
     said = []
@@ -253,6 +253,9 @@ def test_copies_of_the_weights_that_differ_by_a_bit_are_an_error_on_every_rank()
         assert said == ["equal", f"it differs between ranks {pair}"]
 
 
+def held_numbers() -> list[int]:
+    """How many numbers of the model this rank holds: at first, while sampling, afterwards."""
+    with process_group("cpu") as device:
         model = make_model()
         place_model(model, model.blocks, device, "fsdp")
 
@@ -375,34 +378,6 @@ def test_a_supervised_run_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> 
         assert_same_logs(logged(folder), logged(tmp_path / "ddp" / "1"))
 
 
-def waits_for_a_rank_that_hangs() -> None:
-    distributed.TIMEOUT = timedelta(seconds=3)
-    with process_group("cpu"):
-        if rank() == 1:
-            time.sleep(6)
-        any_rank(False)
-
-
-def test_a_rank_that_hangs_ends_the_others_after_the_timeout() -> None:
-    exits = start_ranks(3, waits_for_a_rank_that_hangs)
-    assert all(code is not None and code > 0 for code in exits)  # by itself, and not well
-
-
-RAISES = """
-from minigrpo.distributed import any_rank, process_group, rank
-from minigrpo.runs import run_command
-
-def main():
-    with process_group("cpu"):
-        assert not any_rank(False)
-        if rank() == 1:
-            raise ValueError("the second rank has a mistake in it")
-        any_rank(False)
-        print("not reached")
-
-run_command(main)
-"""
-
 def evaluation_of_run(flags: list[str]) -> str:
     """What this rank prints; pictures, which take seconds, are left out."""
     evaluate.draw_plots = lambda *_: None
@@ -427,15 +402,56 @@ def test_an_evaluation_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_
     assert reports[2] == reports[1] and reports[3] == reports[1]
 
 
+def waits_for_a_rank_that_hangs() -> None:
+    distributed.TIMEOUT = timedelta(seconds=3)
+    with process_group("cpu"):
+        if rank() == 1:
+            time.sleep(6)
+        any_rank(False)
 
-def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
-    script = tmp_path / "raises.py"
-    script.write_text(RAISES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=250, env=environment
-    )
-    assert done.returncode != 0
-    assert "error on rank 1: the second rank has a mistake in it" in done.stderr
-    assert "not reached" not in done.stdout
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout() -> None:
+    exits = start_ranks(3, waits_for_a_rank_that_hangs)
+    assert all(code is not None and code > 0 for code in exits)  # by itself, and not well
+
+
+def test_kill_9_of_one_rank_ends_the_job_and_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    """By the connection that closes, long before the timeout of half an hour."""
+    folder = tmp_path / "run"
+    flags = [*SFT_FLAGS, "--save-every", "2", "--resume", "--save-dir", str(folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", str(ROOT / "train_sft.py"), *flags]
+    command += ["--steps", "1000000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
+        while not list((folder / "checkpoints").glob("step-*[0-9]")):
+            assert job.poll() is None
+            time.sleep(0.05)
+        owner = int(json.loads((folder / "LOCK").read_text())["pid"])
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        (other,) = {int(pid) for pid in workers} - {owner}
+        os.kill(other, signal.SIGKILL)
+        errors = job.communicate(timeout=100)[1]
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in errors
+    assert not Path(f"/proc/{owner}").exists()
+    reached = logged(folder)[-1]["step"]
+    run_ranks(1, train_sft.main, [*flags, "--steps", str(reached + 2)])
+    assert [line["step"] for line in logged(folder)] == list(range(reached + 3))
+
+
+def raises_on_the_second_rank() -> None:
+    def work() -> None:
+        with process_group("cpu"):
+            assert not any_rank(False)
+            if rank() == 1:
+                raise ValueError("the second rank has a mistake in it")
+            any_rank(False)
+            sys.exit("not reached")
+
+    run_command(work)
+
+
+def test_a_rank_that_raises_ends_the_others_without_the_help_of_torchrun(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    assert start_ranks(3, raises_on_the_second_rank, errors=errors) == [1, 2, 1]
+    assert "error on rank 1: the second rank has a mistake in it" in errors.read_text()
+    assert "not reached" not in errors.read_text()
