@@ -88,7 +88,7 @@ def submit(environment: dict[str, str]) -> Iterator[Callable[..., str]]:
         subprocess.run(["scancel", job], capture_output=True)
 
 
-def wait(job: str, seconds: int = 240) -> None:
+def wait(job: str, seconds: int = 600) -> None:
     subprocess.run([ROOT / "tests" / "local_slurm.sh", "wait", job, str(seconds)], check=False)
 
 
