@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import minigrpo.sft
 import train_grpo
 import train_sft
 from minigrpo.distributed import rank
@@ -349,6 +350,29 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     saved = sorted((folder / "skipped").iterdir())
     assert len(saved) == 3 * num_ranks
     assert load_file(saved[-1])["advantages"].isnan().all()
+
+
+def spoil_loss(of_rank: int) -> None:
+    loss = minigrpo.sft.sft_loss
+
+    def spoiled(*arguments: object) -> Tensor:
+        return loss(*arguments) * (torch.nan if rank() == of_rank else 1.0)  # type: ignore[arg-type]
+
+    minigrpo.sft.sft_loss = spoiled
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_in_supervised_training_the_first_gradient_that_is_not_finite_ends_the_run(
+    num_ranks: int, begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """It has no excuse there. In the third step the last rank's loss is NaN."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    spoil = partial(spoil_loss, num_ranks - 1)
+    exits = start_ranks(num_ranks, train, "sft", begun("sft", folder), 3, spoil, errors=errors)
+    message = "the gradient of step 3 is not finite and was not applied; its batch is in"
+    assert exits == [1] * num_ranks and message in errors.read_text()
+    assert checkpoints(folder) == ["step-000002"] and len(lines(folder)) == 3
+    assert len(list((folder / "skipped").iterdir())) == num_ranks
 
 
 def nudge_the_second_rank(stage: str) -> None:
