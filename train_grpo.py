@@ -40,6 +40,7 @@ from minigrpo.config import GRPOConfig, parse_flags, resolve
 from minigrpo.data import Prompts, Task, make_prompts, split_starts, training_starts
 from minigrpo.distributed import (
     any_rank,
+    check_equal_weights,
     gathered,
     place_model,
     process_group,
@@ -254,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
                     f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
                 )
+            if config.sync_check and (step + 1) % config.sync_check == 0:
+                check_equal_weights(model)
             if last or stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(
                     folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}

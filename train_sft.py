@@ -39,6 +39,7 @@ from minigrpo.data import (
 )
 from minigrpo.distributed import (
     any_rank,
+    check_equal_weights,
     gathered,
     place_model,
     process_group,
@@ -189,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if last or (step + 1) % config.eval_every == 0:
                 metrics |= evaluate(step + 1)
             run.log(step + 1, metrics)
+            if config.sync_check and (step + 1) % config.sync_check == 0:
+                check_equal_weights(model)
             if last or stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(
                     folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}

@@ -85,7 +85,8 @@ class RunSettings(Settings):
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
     resume: bool = flag(
         False,
-        "go on from the newest complete checkpoint in save_dir, or start there if it is empty",
+        "go on from the newest complete checkpoint in save_dir, or start there if it is empty; "
+        "`--resume auto` is the same",
     )
     eval_every: int = flag(
         20, "steps between evaluations on validation starts; the best one is published", at_least=1
@@ -102,6 +103,10 @@ class RunSettings(Settings):
         "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
         choices=("ddp", "fsdp"),
     )
+    sync_check: int = flag(
+        50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
+        at_least=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -339,7 +344,9 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
         shown = f"{item.metadata['help']} (default: {item.default})"
         names = sorted({f"--{item.name.replace('_', '-')}", f"--{item.name}"})
         if isinstance(item.default, bool):
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)
+            switch = parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)
+            if item.name == "resume":  # other tools want a word behind it
+                switch.nargs, switch.choices = "?", ("auto",)
         else:
             choices = item.metadata["limits"]["choices"]
             parser.add_argument(*names, type=type(item.default), choices=choices, help=shown)

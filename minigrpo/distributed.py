@@ -168,3 +168,16 @@ def scale_gradient(model: nn.Module, factor: float) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
+
+
+def check_equal_weights(model: nn.Module) -> None:
+    """RuntimeError on every rank if their copies differ by a bit: no sum over ranks would show it.
+
+    Shards are no copies and not looked at.
+    """
+    copies = [(k, p.detach()) for k, p in model.named_parameters() if not isinstance(p, DTensor)]
+    sums = [value.view(torch.int32).sum().cpu() for _, value in copies]  # of bits, so exact
+    for other, found in enumerate(gather_rows(sums)):
+        for (name, _), mine, theirs in zip(copies, sums, found, strict=True):
+            if mine != theirs:
+                raise RuntimeError(f"{name} differs between ranks {rank()} and {other}")

@@ -11,7 +11,8 @@ final error are those of zero controls, and no start is dropped.
 Intervals are percentiles of RESAMPLES bootstrap draws of the starts. Two policies are compared
 start by start (paired): what a start is worth cancels, which narrows the interval.
 
-K starts, T horizon. Nothing here communicates: of several ranks each computes, and gets, the same.
+K starts, T horizon. Of several ranks each writes the plans of its share of the starts, and all get
+all results; the rest is arithmetic that every rank repeats.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from einops import rearrange
 from torch import Tensor
 
 from minigrpo.data import Task, keyed_generator, make_prompts, token_uniforms
+from minigrpo.distributed import gather_rows, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator, Trajectories
 from minigrpo.lqr import lqr_controls, trajectory_cost
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, compute_rewards
-from minigrpo.rollout import Experience, act
+from minigrpo.rollout import act
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
@@ -124,8 +126,9 @@ def evaluate_policy(
     The draws are keyed by (seed, place in starts): two models meet equal uniforms, and a longer
     list of starts changes no case of a shorter one.
     """
-    experience = _plan(model, starts, task, acting, seed, rows_per_batch)
-    parsed, trajectories, rewards = experience.parsed, experience.trajectories, experience.rewards
+    parsed = _plan(model, starts, task, acting, seed, rows_per_batch)
+    trajectories = task.plant.simulate(starts.double(), parsed.controls)
+    rewards = _reward(task, parsed, trajectories)
     return _collect(trajectories, rewards, 1, (~parsed.is_valid).long(), task)
 
 
@@ -149,7 +152,7 @@ def receding_horizon(
     for _ in progress(range(plant.horizon)):
         seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
         distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
-        parsed = _plan(model, distinct, task, None, 0, rows_per_batch).parsed
+        parsed = _plan(model, distinct, task, None, 0, rows_per_batch)
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])
         state = plant.step(state, written[-1].clamp(-bound, bound))
@@ -164,13 +167,20 @@ def _plan(
     acting: ActingPolicy | None,
     seed: int,
     rows: int,
-) -> Experience:
-    prompts = make_prompts(starts.double(), torch.arange(len(starts)), task)
+) -> ParsedControls:
+    """One plan for each start [K, 2], of which this rank writes every world-th."""
+    # Where ranks outnumber starts, those without one repeat the first.
+    share = torch.arange(rank() % len(starts), len(starts), world_size())
+    prompts = make_prompts(starts[share].double(), share, task)
     length = task.max_completion_length
     uniforms = token_uniforms(seed, prompts.indices, 1, length, "evaluation") if acting else None
-    return act(
-        model, prompts, 1, task, acting or UNTRUNCATED, uniforms, partial(_reward, task), rows
-    )
+    reward = partial(_reward, task)
+    written = act(model, prompts, 1, task, acting or UNTRUNCATED, uniforms, reward, rows).parsed
+    columns = [share, written.controls, written.is_valid, written.num_values]
+    places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
+    order = torch.empty(len(starts), dtype=torch.int64)
+    order[places] = torch.arange(len(places))
+    return ParsedControls(*(value[order] for value in values))
 
 
 def _reward(task: Task, parsed: ParsedControls, trajectories: Trajectories) -> Rewards:

@@ -28,7 +28,8 @@ EDGES = {
     "sft": "config distributed transformer policy data",
     "rollout": "config shapes distributed transformer grpo double_integrator policy lqr prompts "
     "sampling reward tokenizer data",
-    "evaluation": "shapes transformer double_integrator policy lqr prompts reward data rollout",
+    "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
+    "rollout",
     "update": "config distributed transformer grpo policy rollout",
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer double_integrator runs lqr prompts tokenizer "

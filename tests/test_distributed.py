@@ -4,9 +4,12 @@ Processes are real and talk over gloo. The gradients are compared in float64, wh
 of additions differs; whole runs are float32.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from ranks import run_ranks, start_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import evaluate
 import train_grpo
 import train_sft
 from minigrpo import distributed
@@ -27,6 +31,7 @@ from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
     any_rank,
+    check_equal_weights,
     gather_rows,
     gathered,
     gradient_norm,
@@ -42,6 +47,7 @@ from minigrpo.distributed import (
 )
 from minigrpo.optim import adamw
 from minigrpo.rollout import Rollout
+from minigrpo.runs import run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import update_policy
@@ -216,10 +222,35 @@ def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:
     for world in (2, 3):
         for got in run_ranks(world, grpo_gradients, variants):
             assert_close(got, alone, 1e-6)
-    sharded = [replace(variant, parallel="fsdp") for variant in variants]
-    for world, nodes in ((2, 1), (3, 1), (4, 2)):  # 8 rows do not divide by 3
+    (alone,) = run_ranks(1, grpo_gradients, variants[-1:])
+    sharded = [replace(variants[-1], parallel="fsdp")]  # the rank with more rows decides how often
+    for world, nodes in ((3, 1), (4, 2)):  # 8 rows do not divide by 3
         for got in run_ranks(world, grpo_gradients, sharded, nodes):
             assert_close(got, alone, 1e-6)
+
+
+def copies_that_part() -> list[str]:
+    """What the check says of equal copies, and after the last rank's third weight moved a bit."""
+    said = []
+    with process_group("cpu"):
+        model = make_model().float()
+        name, weight = list(model.named_parameters())[2]
+        for nudge in (0, 1):
+            if rank() == world_size() - 1:
+                weight.data.view(torch.int32).flatten()[0] += nudge
+            try:
+                check_equal_weights(model)
+                said.append("equal")
+            except RuntimeError as error:
+                said.append(str(error).replace(name, "it"))
+    return said
+
+
+def test_copies_of_the_weights_that_differ_by_a_bit_are_an_error_on_every_rank() -> None:
+    assert run_ranks(1, copies_that_part) == [["equal", "equal"]]
+    found = zip(run_ranks(3, copies_that_part), ("0 and 2", "1 and 2", "2 and 0"), strict=True)
+    for said, pair in found:
+        assert said == ["equal", f"it differs between ranks {pair}"]
 
 
 def held_numbers() -> list[int]:
@@ -347,6 +378,30 @@ def test_a_supervised_run_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> 
         assert_same_logs(logged(folder), logged(tmp_path / "ddp" / "1"))
 
 
+def evaluation_of_run(flags: list[str]) -> str:
+    """What this rank prints; pictures, which take seconds, are left out."""
+    evaluate.draw_plots = lambda *_: None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.main(flags)
+    return printed.getvalue()
+
+
+def test_an_evaluation_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
+    """Three ranks have 3, 2 and 2 of the seven plans, and of two MPC starts one each and none."""
+    flags = ["--model-path", str(supervised), "--num-cases", "7", "--mpc-cases", "2"]
+    reports = {}
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        own = [*flags, "--device", "cpu", "--save-dir", str(folder)]
+        printed = run_ranks(world, evaluation_of_run, own)
+        assert "evaluation.json" in printed[0] and printed[1:] == [""] * (world - 1)
+        assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "evaluation.json"]
+        report = json.loads((folder / "evaluation.json").read_text())
+        assert report.pop("config")["save_dir"] == str(folder)
+        reports[world] = report, (folder / "cases.csv").read_text()
+    assert reports[2] == reports[1] and reports[3] == reports[1]
+
+
 def waits_for_a_rank_that_hangs() -> None:
     distributed.TIMEOUT = timedelta(seconds=3)
     with process_group("cpu"):
@@ -360,30 +415,43 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout() -> None:
     assert all(code is not None and code > 0 for code in exits)  # by itself, and not well
 
 
-RAISES = """
-from minigrpo.distributed import any_rank, process_group, rank
-from minigrpo.runs import run_command
+def test_kill_9_of_one_rank_ends_the_job_and_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    """By the connection that closes, long before the timeout of half an hour."""
+    folder = tmp_path / "run"
+    flags = [*SFT_FLAGS, "--save-every", "2", "--resume", "--save-dir", str(folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", str(ROOT / "train_sft.py"), *flags]
+    command += ["--steps", "1000000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
+        while not list((folder / "checkpoints").glob("step-*[0-9]")):
+            assert job.poll() is None
+            time.sleep(0.05)
+        owner = int(json.loads((folder / "LOCK").read_text())["pid"])
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        (other,) = {int(pid) for pid in workers} - {owner}
+        os.kill(other, signal.SIGKILL)
+        errors = job.communicate(timeout=100)[1]
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in errors
+    assert not Path(f"/proc/{owner}").exists()
+    reached = logged(folder)[-1]["step"]
+    run_ranks(1, train_sft.main, [*flags, "--steps", str(reached + 2)])
+    assert [line["step"] for line in logged(folder)] == list(range(reached + 3))
 
-def main():
-    with process_group("cpu"):
-        assert not any_rank(False)
-        if rank() == 1:
-            raise ValueError("the second rank has a mistake in it")
-        any_rank(False)
-        print("not reached")
 
-run_command(main)
-"""
+def raises_on_the_second_rank() -> None:
+    def work() -> None:
+        with process_group("cpu"):
+            assert not any_rank(False)
+            if rank() == 1:
+                raise ValueError("the second rank has a mistake in it")
+            any_rank(False)
+            sys.exit("not reached")
+
+    run_command(work)
 
 
-def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
-    script = tmp_path / "raises.py"
-    script.write_text(RAISES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=250, env=environment
-    )
-    assert done.returncode != 0
-    assert "error on rank 1: the second rank has a mistake in it" in done.stderr
-    assert "not reached" not in done.stdout
+def test_a_rank_that_raises_ends_the_others_without_the_help_of_torchrun(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    assert start_ranks(3, raises_on_the_second_rank, errors=errors) == [1, 2, 1]
+    assert "error on rank 1: the second rank has a mistake in it" in errors.read_text()
+    assert "not reached" not in errors.read_text()

@@ -24,10 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import minigrpo.sft
 import train_grpo
 import train_sft
 from minigrpo.distributed import rank
 from minigrpo.optim import cosine_learning_rate
+from minigrpo.transformer import Transformer
 
 SFT = (
     "--device cpu --width 16 --mlp-width 32 --num-heads 2 --num-layers 1 --horizon 5 --steps 8 "
@@ -379,3 +381,54 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     saved = sorted((folder / "skipped").iterdir())
     assert len(saved) == 3 * num_ranks
     assert load_file(saved[-1])["advantages"].isnan().all()
+
+
+def spoil_loss(of_rank: int) -> None:
+    loss = minigrpo.sft.sft_loss
+
+    def spoiled(*arguments: object) -> Tensor:
+        return loss(*arguments) * (torch.nan if rank() == of_rank else 1.0)  # type: ignore[arg-type]
+
+    minigrpo.sft.sft_loss = spoiled
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_in_supervised_training_the_first_gradient_that_is_not_finite_ends_the_run(
+    num_ranks: int, begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """It has no excuse there. In the third step the last rank's loss is NaN."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    spoil = partial(spoil_loss, num_ranks - 1)
+    exits = start_ranks(num_ranks, train, "sft", begun("sft", folder), 3, spoil, errors=errors)
+    message = "the gradient of step 3 is not finite and was not applied; its batch is in"
+    assert exits == [1] * num_ranks and message in errors.read_text()
+    assert checkpoints(folder) == ["step-000002"] and len(lines(folder)) == 3
+    assert len(list((folder / "skipped").iterdir())) == num_ranks
+
+
+def nudge_the_second_rank(stage: str) -> None:
+    """From the next step on its last weights are off by a little."""
+    module = train_grpo if stage == "grpo" else train_sft
+    name = "update_policy" if stage == "grpo" else "supervised_step"
+    work = getattr(module, name)
+
+    def nudged(model: Transformer, *arguments: object) -> object:
+        done = work(model, *arguments)
+        if rank() == 1:
+            list(model.parameters())[-1].data += 1e-6
+        return done
+
+    setattr(module, name, nudged)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_ranks_whose_weights_part_end_the_run(
+    stage: str, begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """The third step is the first to go wrong, the fourth is looked at before it is saved."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    nudge = partial(nudge_the_second_rank, stage)
+    flags = [*begun(stage, folder), "--sync-check", "4"]
+    assert start_ranks(2, train, stage, flags, 2, nudge, errors=errors) == [1, 1]
+    assert "differs between ranks 0 and 1" in errors.read_text()
+    assert checkpoints(folder) == ["step-000002"]
