@@ -48,6 +48,7 @@ from minigrpo.distributed import (
 from minigrpo.double_integrator import Trajectories
 from minigrpo.evaluation import validation_metrics
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
+from minigrpo.lora import add_adapters
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
@@ -148,6 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config
     torch.set_float32_matmul_precision(config.matmul_precision)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    add_adapters(
+        model,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_targets,
+        torch.Generator().manual_seed(config.seed),
+    )
     if config.measure_signal:
         measure_signal(model, config, task)
         return
@@ -167,8 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
-        reference = load_model(Path(config.init))[0].eval() if config.kl_beta > 0 else None
-        for placed in (model, reference) if reference is not None else (model,):
+        reference = None
+        if config.kl_beta > 0:  # with adapters it is the same model, seen without them
+            reference = model if config.lora_rank else load_model(Path(config.init))[0]
+        for placed in {model, reference} - {None}:
             place_model(placed, placed.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
@@ -181,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reward = reward_function(config, task)
         if rank() == 0:
             print(resolved.table())
-            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
+            print(f"device {device}, {world_size()} rank(s), {sizes}")
             print(batch_arithmetic(config))
 
         def evaluate(step: int) -> dict[str, float]:

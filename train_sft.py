@@ -47,6 +47,7 @@ from minigrpo.distributed import (
 )
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import validation_metrics
+from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(
             "model must name a folder or hub model with preset pretrained, got nothing"
         )
+    if config.lora_rank and config.preset == "tiny":
+        raise ValueError("lora_rank must be 0 with preset tiny: random weights need training")
     if config.width % config.num_heads:
         raise ValueError(
             f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"
@@ -132,6 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
+        model.gradient_checkpointing = config.gradient_checkpointing
+        add_adapters(
+            model,
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_targets,
+            torch.Generator().manual_seed(config.seed),
+        )
         place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
@@ -152,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             smoothing = smoothing_matrix(values, config.smoothing_width).float().to(device)
         if rank() == 0:
             print(resolved.table())
-            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
+            print(f"device {device}, {world_size()} rank(s), {sizes}")
             epochs = config.steps * config.batch_size / config.num_demonstrations
             print(
                 f"{config.num_demonstrations} demonstrations, {config.steps} steps of "
