@@ -37,7 +37,13 @@ from minigrpo.prompts import Codec, render_controls
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
 from minigrpo.tokenizer import decode_completions, encode_completion, load_tokenizer, pad_id
-from minigrpo.transformer import Transformer, load_transformer, to_hugging_face
+from minigrpo.transformer import (
+    Transformer,
+    TransformerConfig,
+    load_shape,
+    load_transformer,
+    to_hugging_face,
+)
 
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
@@ -117,20 +123,24 @@ def saved_config(folder: Path) -> dict[str, Value] | None:
     return load_manifest(newest).config if (newest / "minigrpo.json").is_file() else None
 
 
-def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
-    """The model (float32, CPU), its task, its manifest. ValueError: missing, damaged, foreign."""
-    manifest = load_manifest(folder)
-    model = load_transformer(folder)
-    tokenizer = load_tokenizer(folder)
-    size = model.config.vocab_size
-    if len(tokenizer) > size:
+def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
+    """All of a model folder but its weights. ValueError: missing, damaged, foreign."""
+    manifest, shape, tokenizer = load_manifest(folder), load_shape(folder), load_tokenizer(folder)
+    if len(tokenizer) > shape.vocab_size:
         raise ValueError(
-            f"{folder}: tokens must be at most the model's {size}, got {len(tokenizer)}"
+            f"{folder}: tokens must be at most the model's {shape.vocab_size}, got {len(tokenizer)}"
         )
     try:
-        return model, make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer), manifest
+        task = make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    return shape, task, manifest
+
+
+def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
+    """The model (float32, CPU), its task, its manifest. ValueError: missing, damaged, foreign."""
+    _, task, manifest = load_task(folder)
+    return load_transformer(folder), task, manifest
 
 
 def make_task(

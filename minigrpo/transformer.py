@@ -513,19 +513,24 @@ def find_pretrained(name: str) -> Path:
         ) from error
 
 
+def load_shape(folder: Path) -> TransformerConfig:
+    """What config.json says; ValueError: there is none, or it describes another architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
+    try:
+        return TransformerConfig.from_json(_typed(dict, json.loads(path.read_text())))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load_transformer(folder: Path) -> Transformer:
     """Read a Hugging Face folder: config.json and safetensors (one file or an index), as float32.
 
     ValueError: not such a folder, another architecture, missing, surplus or misshapen weights,
     pickled weights only. Nothing in the folder is executed.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
-    try:
-        config = TransformerConfig.from_json(_typed(dict, json.loads(path.read_text())))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = load_shape(folder)
     tensors = _own_tensors(_read_safetensors(folder), config, folder)
     with torch.device("meta"):  # no time spent on initial values that are replaced right away
         model = Transformer(config)

@@ -19,6 +19,7 @@ EDGES = {
     "double_integrator": "shapes",
     "policy": "shapes transformer",
     "lora": "distributed transformer",
+    "memory": "config transformer policy",
     "runs": "distributed",
     "lqr": "shapes double_integrator",
     "prompts": "shapes double_integrator",

@@ -286,6 +286,15 @@ def test_the_initial_a_is_uniform_with_the_usual_spread_and_depends_on_the_gener
             assert not value.any()
 
 
+def test_the_initial_adapters_depend_on_the_runs_seed_alone(tmp_path: Path) -> None:
+    folder = str(untrained_checkpoint(tmp_path / "sft"))
+    made = [
+        torch.cat([p.detach().flatten() for p in adapters(train_grpo.build(config)).values()])
+        for config in (GRPOConfig(init=folder, lora_rank=2, seed=seed) for seed in (3, 3, 4))
+    ]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"some of q_proj,.*, got lm_head,o$"):
         GRPOConfig(lora_targets="q_proj,o,lm_head")
