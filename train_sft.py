@@ -80,8 +80,9 @@ def describe(config: SFTConfig) -> tuple[TransformerConfig, Task, Path | None]:
     plant, cost = DoubleIntegrator(dt=config.dt, horizon=config.horizon), QuadraticCost()
     if config.preset == "pretrained":
         folder = find_pretrained(config.model)
-        codec, tokenizer = Codec(style="words", decimals=3), load_tokenizer(folder)
-        return load_shape(folder), make_task(plant, cost, codec, tokenizer), folder
+        codec, shape = Codec(style="words", decimals=3), load_shape(folder)
+        tokenizer = load_tokenizer(folder, shape.vocab_size)
+        return shape, make_task(plant, cost, codec, tokenizer), folder
     codec = Codec(style="numbers", decimals=2, row_length=config.row_length)
     tokenizer = number_tokenizer(plant, codec)
     shape = TransformerConfig(

@@ -125,11 +125,8 @@ def saved_config(folder: Path) -> dict[str, Value] | None:
 
 def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
     """All of a model folder but its weights. ValueError: missing, damaged, foreign."""
-    manifest, shape, tokenizer = load_manifest(folder), load_shape(folder), load_tokenizer(folder)
-    if len(tokenizer) > shape.vocab_size:
-        raise ValueError(
-            f"{folder}: tokens must be at most the model's {shape.vocab_size}, got {len(tokenizer)}"
-        )
+    manifest, shape = load_manifest(folder), load_shape(folder)
+    tokenizer = load_tokenizer(folder, shape.vocab_size)
     try:
         task = make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer)
     except ValueError as error:
