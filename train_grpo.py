@@ -49,6 +49,7 @@ from minigrpo.data import (
 from minigrpo.distributed import (
     any_rank,
     gathered,
+    local_world_size,
     place_model,
     process_group,
     rank,
@@ -73,6 +74,7 @@ LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make
     {"gradient_checkpointing": True},
     {"kl_beta": 0.0},
     {"lora_rank": 16},
+    {"parallel": "fsdp"},
     {
         "micro_batch_size": 1, "rows_per_batch": 16, "eval_cases": 16,
         "gradient_checkpointing": True, "lora_rank": 16,
@@ -163,7 +165,7 @@ def estimate_memory(shape: TransformerConfig, task: Task, config: GRPOConfig) ->
         support_size=config.support_size if config.top_p < 1 else 0,
         has_reference=config.kl_beta > 0 and not config.lora_rank,
     )
-    return memory_estimate(shape, config, work, world_size())
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
 def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:

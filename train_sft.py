@@ -42,6 +42,7 @@ from minigrpo.data import (
 from minigrpo.distributed import (
     any_rank,
     gathered,
+    local_world_size,
     place_model,
     process_group,
     rank,
@@ -70,6 +71,7 @@ LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make
     {"micro_batch_size": 1},
     {"gradient_checkpointing": True},
     {"lora_rank": 16},
+    {"parallel": "fsdp"},
     {"eval_cases": 16},
     {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_rank": 16, "eval_cases": 16},
 )
@@ -126,7 +128,7 @@ def estimate_memory(shape: TransformerConfig, task: Task, config: SFTConfig) -> 
         num_decoded=decoded,
         num_prefilled=decoded,
     )
-    return memory_estimate(shape, config, work, world_size())
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
 def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:

@@ -321,7 +321,9 @@ def _adapters_of(
     adapted = {name.split(".lora_")[0] for name in found}
     base = dict(model.named_parameters())
     for name, value in loaded.named_parameters():
-        if name.rpartition(".")[0] not in adapted and not torch.equal(value, whole(base[name]).cpu()):
+        if name.rpartition(".")[0] not in adapted and not torch.equal(
+            value, whole(base[name]).cpu()
+        ):
             raise ValueError(f"{folder}: the adapters were trained on a model with another {name}")
     return found
 

@@ -59,7 +59,9 @@ class AdaptedLinear(nn.Module):
     def merged(self) -> Tensor:
         """W + (alpha / rank) B A, rounded once whatever the precision of products; a new tensor."""
         pieces = []
-        for name, piece in zip(self.names, torch.split(whole(self.weight), self.sizes), strict=True):
+        for name, piece in zip(
+            self.names, torch.split(whole(self.weight), self.sizes), strict=True
+        ):
             if name is not None:
                 a, b = whole(self.lora_a[name]).double(), whole(self.lora_b[name]).double()
                 piece = (piece + self.scale * (b @ a)).to(piece)

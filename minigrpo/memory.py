@@ -16,7 +16,6 @@ attention weights, so it is higher there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from minigrpo.config import RunSettings, Value
+from minigrpo.distributed import local_world_size
 from minigrpo.policy import CHUNK_ELEMENTS
 from minigrpo.transformer import TransformerConfig, linear_parts
 
@@ -68,11 +68,21 @@ class MemoryEstimate:
 
 
 def memory_estimate(
-    shape: TransformerConfig, config: RunSettings, work: Workload, num_ranks: int = 1
+    shape: TransformerConfig,
+    config: RunSettings,
+    work: Workload,
+    num_ranks: int = 1,
+    ranks_here: int = 1,
 ) -> MemoryEstimate:
-    """The estimate for one rank of a data-parallel run."""
+    """The estimate for one of num_ranks ranks, ranks_here of them on this machine.
+
+    With fsdp these share the model, sampling has it whole, and an update two blocks and the tables.
+    """
+    shards = ranks_here if config.parallel == "fsdp" else 1
+    flat = 2 if num_ranks > 1 and shards == 1 else 1  # reduce_gradients makes one vector of them
     base, added = _num_parameters(shape), _num_adapters(shape, config)
     weights, trained = 4 * (base + added), 4 * (added if config.lora_rank else base)
+    tables = 4 * shape.vocab_size * shape.width * (1 if shape.tied_head else 2)
     half = config.precision == "bfloat16"
     narrow = 2 if half else 4
     length = work.prompt_length + work.completion_length
@@ -88,10 +98,10 @@ def memory_estimate(
     row = 4 * work.support_size + 32  # of one completion token: support, log-probs, masks
     return MemoryEstimate(
         model={
-            "weights": weights,
-            "gradients": trained * (2 if num_ranks > 1 else 1),
-            "AdamW": 2 * trained,
-            "reference": weights if work.has_reference else 0,
+            "weights": weights // shards,
+            "gradients": flat * trained // shards,
+            "AdamW": 2 * trained // shards,
+            "reference": weights // shards if work.has_reference else 0,
             "bfloat16 weights": weights // 2 if half else 0,
         },
         sampling={
@@ -99,11 +109,14 @@ def memory_estimate(
             "logits": 5 * 4 * work.num_decoded * shape.vocab_size,
             "prefill": prefilled * _bytes_of_a_block(shape, work.prompt_length, 4),
             "support": 2 * work.num_rows * work.completion_length * row,
+            "gathered weights": weights if shards > 1 else 0,
         },
         update={
             "activations": shape.num_layers * kept,
             "at work": max(block + block // 4, logit * chunk),
             "support": work.num_rows * work.completion_length * row,
+            "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
+            * (shards > 1),
         },
     )
 
@@ -159,8 +172,9 @@ def check_memory(
     advice = [f"the run must fit into memory, got {found}", estimated.table(), "GiB with"]
     for change in changes:
         less = estimate(replace(config, **change)).peak  # type: ignore[arg-type]  # of its fields
-        flags = " ".join(_flag(name, value) for name, value in change.items())
-        advice.append(f"  {less / 2**30:8.2f}  {flags}")
+        if less < estimated.peak:
+            flags = " ".join(_flag(name, value) for name, value in change.items())
+            advice.append(f"  {less / 2**30:8.2f}  {flags}")
     raise ValueError("\n".join(advice))
 
 
@@ -172,7 +186,6 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take: of the GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     info = Path("/proc/meminfo").read_text()
     available = next(line for line in info.splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024 // ranks
+    return int(available.split()[1]) * 1024 // local_world_size()
