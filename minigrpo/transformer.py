@@ -653,7 +653,3 @@ def from_hugging_face(tensors: dict[str, Tensor], config: TransformerConfig) -> 
             if names[0] in tensors:
                 state[f"blocks.{layer}.{ours}"] = torch.cat([tensors[name] for name in names])
     return state
-
-
-def shape_record(config: TransformerConfig) -> dict[str, object]:
-    return asdict(config)

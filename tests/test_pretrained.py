@@ -23,6 +23,7 @@ import evaluate
 import train_grpo
 import train_sft
 from minigrpo.checkpoint import load_model
+from minigrpo.config import SFTConfig
 from minigrpo.data import demonstrations
 from minigrpo.prompts import Codec
 from minigrpo.transformer import find_pretrained, load_transformer, logits
@@ -154,9 +155,8 @@ def test_a_hub_name_is_found_in_the_cache_without_a_network(
     (cache / "refs" / "main").write_text("0123abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert find_pretrained("somebody/tiny") == cache / "snapshots" / "0123abc"
-    sft = tmp_path / "sft"
-    train_sft.main(["--model", "somebody/tiny", "--save-dir", str(sft), *SFT])
-    assert json.loads((sft / "minigrpo.json").read_text())["config"]["model"] == "somebody/tiny"
+    shape, _, weights = train_sft.describe(SFTConfig(preset="pretrained", model="somebody/tiny"))
+    assert weights == cache / "snapshots" / "0123abc" and shape.vocab_size == 260
     message = r"'somebody/other' is no folder .*download config\.json, tokenizer files and \*\.safe"
     with pytest.raises(ValueError, match=message):
         train_sft.main(["--model", "somebody/other", "--save-dir", str(tmp_path / "no"), *SFT])
