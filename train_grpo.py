@@ -13,9 +13,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -27,7 +29,7 @@ from minigrpo.checkpoint import (
     Manifest,
     is_best,
     latest_checkpoint,
-    load_model,
+    load_task,
     load_trainer,
     prune_checkpoints,
     publish_model,
@@ -36,20 +38,30 @@ from minigrpo.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from minigrpo.config import GRPOConfig, parse_flags, resolve
-from minigrpo.data import Prompts, Task, make_prompts, split_starts, training_starts
+from minigrpo.config import GRPOConfig, Value, parse_flags, resolve
+from minigrpo.data import (
+    Prompts,
+    Task,
+    make_prompts,
+    prompt_length,
+    split_starts,
+    training_starts,
+)
 from minigrpo.distributed import (
     any_rank,
     check_equal_weights,
     gathered,
+    local_world_size,
     place_model,
     process_group,
     rank,
     world_size,
 )
 from minigrpo.double_integrator import Trajectories
-from minigrpo.evaluation import validation_metrics
+from minigrpo.evaluation import DECODED_ROWS, validation_metrics
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
+from minigrpo.lora import add_adapters
+from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import (
     adamw,
     cosine_learning_rate,
@@ -61,8 +73,21 @@ from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
 from minigrpo.runs import StopSignal, open_run, run_command
-from minigrpo.transformer import Transformer
+from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
+
+LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
+    {"micro_batch_size": 1},
+    {"rows_per_batch": 16, "eval_cases": 16},
+    {"gradient_checkpointing": True},
+    {"kl_beta": 0.0},
+    {"lora_rank": 16},
+    {"parallel": "fsdp"},
+    {
+        "micro_batch_size": 1, "rows_per_batch": 16, "eval_cases": 16,
+        "gradient_checkpointing": True, "lora_rank": 16,
+    },
+)  # fmt: skip
 
 
 def batch_arithmetic(config: GRPOConfig) -> str:
@@ -128,6 +153,34 @@ def check_batch(config: GRPOConfig) -> None:
         )
 
 
+def build(config: GRPOConfig) -> Transformer:
+    """The model of --init, with adapters if it gets any."""
+    model = load_transformer(Path(config.init))
+    generator = torch.Generator().manual_seed(config.seed)
+    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def estimate_memory(shape: TransformerConfig, task: Task, config: GRPOConfig) -> MemoryEstimate:
+    """What a rollout, its update and a validation take on one rank."""
+    prompts = math.ceil(config.prompts_per_step / world_size())
+    together = min(prompts, max(1, config.rows_per_batch // config.group_size))
+    validated = min(config.eval_cases, DECODED_ROWS)
+    num_rows = prompts * config.group_size
+    work = Workload(
+        prompt_length=prompt_length(task),
+        completion_length=task.max_completion_length,
+        micro_rows=min(config.micro_batch_size, math.ceil(num_rows / config.num_minibatches)),
+        num_decoded=max(validated, together * config.group_size),
+        num_prefilled=max(validated, together),
+        num_rows=num_rows,
+        support_size=config.support_size if config.top_p < 1 else 0,
+        has_reference=config.kl_beta > 0 and not config.lora_rank,
+    )
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
+
+
 def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
     """Print how far the gradients of the first rollouts agree, all at the weights of --init.
 
@@ -157,12 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
     if Path(str(init)).resolve() == save_dir.resolve():
         raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
-    model, task, origin = load_model(Path(str(init)))
+    shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config
     torch.set_float32_matmul_precision(config.matmul_precision)
     if config.measure_signal:
-        measure_signal(model, config, task)
+        measure_signal(build(config), config, task)
         return
     folder = Path(config.save_dir)
     with (
@@ -171,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         check_batch(config)
+        memory = check_memory(partial(estimate_memory, shape, task), config, LESS_MEMORY, device)
         manifest = Manifest(
             "grpo",
             origin.preset,
@@ -180,8 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
-        reference = load_model(Path(config.init))[0].eval() if config.kl_beta > 0 else None
-        for placed in (model, reference) if reference is not None else (model,):
+        model = build(config)
+        reference = None
+        if config.kl_beta > 0:  # with adapters it is the same model, seen without them
+            reference = model if config.lora_rank else load_transformer(Path(config.init))
+        for placed in dict.fromkeys([model, reference or model]):
             place_model(placed, placed.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
@@ -193,7 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         validation = split.validation[: config.eval_cases]
         if rank() == 0:
             print(resolved.table())
-            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            print(memory)
+            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
+            print(f"device {device}, {world_size()} rank(s), {sizes}")
             print(batch_arithmetic(config))
 
         def evaluate(step: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar, get_type_hints
 
 Value = bool | int | float | str
 V = TypeVar("V", bool, int, float, str)
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def flag(
@@ -82,6 +83,17 @@ class RunSettings(Settings):
         "medium", "torch.set_float32_matmul_precision: medium is twice as fast on many CPUs",
         choices=("highest", "high", "medium"),
     )  # fmt: skip
+    lora_rank: int = flag(
+        0, "rank of the LoRA adapters that are trained instead of the model; 0 trains the model",
+        at_least=0,
+    )  # fmt: skip
+    lora_alpha: float = flag(32.0, "an adapter's product B A is weighted with this / rank", above=0)
+    lora_targets: str = flag(
+        ",".join(LORA_TARGETS), "modules that get an adapter, by transformers' names"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "keep a block's input alone and compute it again in the backward pass"
+    )
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
     resume: bool = flag(
         False,
@@ -107,6 +119,14 @@ class RunSettings(Settings):
         50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
         at_least=0,
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.lora_targets.split(",")) - set(LORA_TARGETS):
+            raise ValueError(
+                f"lora_targets must be some of {','.join(LORA_TARGETS)}, "
+                f"got {','.join(sorted(unknown))}"
+            )
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,12 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
     return Prompts(initial_states, indices, texts, tokens, mask)
 
 
+def prompt_length(task: Task) -> int:
+    """Tokens of a long prompt, that of a start with two negative numbers."""
+    lowest = torch.full((2,), -task.plant.start_bound, dtype=torch.float64)
+    return len(encode_prompt(task.tokenizer, lowest, task.plant, task.codec))
+
+
 def training_starts(
     starts: Tensor, seed: int, step: int, num_prompts: int, reach: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over ranks, a new tensor."""
     total = value.clone()
@@ -98,7 +103,7 @@ def place_model(
     if parallel != "fsdp" or not dist.is_initialized():
         model.to(device)
         return
-    size = int(os.environ["LOCAL_WORLD_SIZE"])
+    size = local_world_size()
     mesh = init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("n", "r"))
     for part in (*blocks, model):  # a block is moved whole, then cut: no rank ever holds the model
         fully_shard(part, mesh=mesh)

@@ -42,6 +42,7 @@ from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
 RESAMPLES = 2000
+DECODED_ROWS = 512  # rows decoded together
 UNTRUNCATED = ActingPolicy(temperature=1.0, top_p=1.0)
 MODES = ("greedy", "sampled", "mpc")
 Summary = dict[str, float | list[float] | None]  # name_ci95 holds the two ends of an interval
@@ -119,7 +120,7 @@ def evaluate_policy(
     task: Task,
     acting: ActingPolicy | None,
     seed: int,
-    rows_per_batch: int = 512,
+    rows_per_batch: int = DECODED_ROWS,
 ) -> CaseResults:
     """One plan for each start [K, 2], applied open loop; `acting` None is greedy, without a seed.
 
@@ -136,7 +137,7 @@ def receding_horizon(
     model: Transformer,
     starts: Tensor,
     task: Task,
-    rows_per_batch: int = 512,
+    rows_per_batch: int = DECODED_ROWS,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> CaseResults:
     """Greedy MPC from starts [K, 2]: at each of the T steps plan anew, apply one control.

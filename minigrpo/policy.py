@@ -16,6 +16,7 @@ N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
-# Logits [positions, V] with more elements are made in chunks, and again in the backward pass.
+# Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`).
 CHUNK_ELEMENTS = 2**26
 
 
@@ -154,8 +155,7 @@ def completion_scores(
 ) -> TokenScores:
     """Score completions [M, C] after left-padded prompts [M, L], for old, new and reference alike.
 
-    The last completion token is never fed, and only completion positions reach the head, in chunks,
-    so logits [M, C, V] never exist at once for a large V.
+    The last completion token is never fed, and only completion positions reach the head, in chunks.
     """
     num_prompt, num_completion = prompt_tokens.shape[1], completion_tokens.shape[1]
     tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
@@ -163,34 +163,43 @@ def completion_scores(
     tail = prompt_mask.new_ones(len(tokens), num_completion - 1)
     mask = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, tail], dim=1)
 
-    def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
-        hidden = hidden[:, num_prompt - 1 :]  # [M, C, E]
-        step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
-        if step >= num_completion:
-            return score_logits(
-                F.linear(hidden, head_weight), completion_tokens, support, temperature
-            )
-        starts = range(0, num_completion, step)
-        pieces = [
-            checkpoint(  # logits of a chunk are made again in the backward pass, not kept
-                _score_chunk,
-                hidden[:, i : i + step],
-                head_weight,
-                completion_tokens[:, i : i + step],
-                None if support is None else support[:, i : i + step],
-                temperature,
-                use_reentrant=False,
-            )
-            for i in starts
-        ]
-        return TokenScores(*(torch.cat(columns, dim=1) for columns in zip(*pieces, strict=True)))
+    def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
+        def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+            scores = score_logits(logits, taken, kept, temperature)
+            return scores.logprobs, scores.entropy
 
-    scores: TokenScores = model(tokens, mask, None, output)
-    return scores
+        completions = hidden[:, num_prompt - 1 :]  # [M, C, E]
+        return in_chunks(score, completions, head_weight, completion_tokens, support)
+
+    return TokenScores(*model(tokens, mask, None, output))
 
 
-def _score_chunk(
-    hidden: Tensor, head_weight: Tensor, tokens: Tensor, support: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    scores = score_logits(F.linear(hidden, head_weight), tokens, support, temperature)
-    return scores.logprobs, scores.entropy
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    hidden: Tensor,
+    head_weight: Tensor,
+    *columns: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """function(logits [M, c, V], *columns [M, c, ...]) -> tensors [M, c], over all C positions.
+
+    Beyond CHUNK_ELEMENTS logits [M, C, V] never exist: c positions of hidden [M, C, E] at a time
+    reach the head, and again in the backward pass, which keeps no logits either.
+    """
+
+    def piece(part: Tensor, weight: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        return function(F.linear(part, weight), *parts)
+
+    step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
+    if step >= hidden.shape[1]:
+        return piece(hidden, head_weight, *columns)
+    pieces = [
+        checkpoint(
+            piece,
+            hidden[:, i : i + step],
+            head_weight,
+            *(None if column is None else column[:, i : i + step] for column in columns),
+            use_reentrant=False,
+        )
+        for i in range(0, hidden.shape[1], step)
+    ]
+    return tuple(torch.cat(column, dim=1) for column in zip(*pieces, strict=True))

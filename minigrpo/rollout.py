@@ -28,6 +28,7 @@ from minigrpo.grpo import (
     variate_advantages,
     variate_products,
 )
+from minigrpo.lora import adapters_off
 from minigrpo.lqr import continued_by_lqr
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, controls_before_tokens, parse_controls
@@ -202,7 +203,8 @@ def make_rollout(
             if config.num_epochs * config.num_minibatches > 1:
                 old = score_rows(model, tokens, mask, completions, config.temperature, micro)
         if reference is not None:
-            with gathered(reference):
+            # It may be the trained model itself.
+            with gathered(reference), adapters_off(reference):
                 ref = score_rows(reference, tokens, mask, completions, config.temperature, micro)
     total = experience.rewards.total
     everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])

@@ -14,7 +14,6 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch
@@ -26,7 +25,7 @@ from minigrpo.distributed import (
     scale_gradient,
     sum_over_ranks,
 )
-from minigrpo.policy import tempered
+from minigrpo.policy import in_chunks, tempered
 from minigrpo.transformer import Transformer
 
 
@@ -56,17 +55,23 @@ def sft_loss(model: Transformer, batch: SFTBatch, smoothing: Tensor | None) -> T
     predicts = batch.completion_mask[:, 1:]  # [B, K - 1], position k predicts token k + 1
 
     def output(hidden: Tensor, head_weight: Tensor) -> Tensor:
-        logits = tempered(F.linear(hidden[predicts], head_weight), 1.0)  # [labelled, V]
-        targets = batch.labels[:, 1:][predicts]
-        if smoothing is None:
-            return F.cross_entropy(logits, targets, reduction="sum")
-        # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.
-        expected = (hidden[predicts] * (smoothing @ head_weight)[targets]).sum()
-        return torch.logsumexp(logits, dim=-1).sum() - expected
+        labelled = rearrange(hidden[predicts], "n e -> 1 n e")
+        targets = rearrange(batch.labels[:, 1:][predicts], "n -> 1 n")
+        norm, chosen = in_chunks(_norm_and_logit, labelled, head_weight, targets)
+        if smoothing is not None:
+            # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.
+            chosen = (labelled * (smoothing @ head_weight)[targets]).sum(dim=-1)
+        return (norm - chosen).sum()
 
     # Right padding needs no mask: no real token comes after it.
     total: Tensor = model(batch.tokens[:, :-1], None, None, output)
     return total
+
+
+def _norm_and_logit(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum_j exp z_j and z_target, both [1, n], of logits [1, n, V]."""
+    z = tempered(logits, 1.0)
+    return torch.logsumexp(z, dim=-1), z.gather(-1, rearrange(targets, "o n -> o n 1")).squeeze(-1)
 
 
 def supervised_step(

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, start_ranks
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -349,13 +350,22 @@ def assert_same_logs(got: list[dict[str, float]], expected: list[dict[str, float
         assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
-def test_a_grpo_run_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ways", "more"),
+    [
+        (((2, "ddp"), (3, "ddp"), (2, "fsdp")), []),
+        (((2, "fsdp"),), ["--lora-rank", "3", "--lora-targets", "q_proj,up_proj,down_proj"]),
+    ],
+)
+def test_a_grpo_run_is_the_same_on_any_number_of_ranks(
+    ways: tuple[tuple[int, str], ...], more: list[str], supervised: Path, tmp_path: Path
+) -> None:
     """Sharded too: ranks then sample different numbers of tokens with gathered parameters."""
     found, logs = {}, {}
-    for way in ((1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "fsdp")):
+    for way in ((1, "ddp"), *ways):
         world, parallel = way
         folder = tmp_path / parallel / str(world)
-        flags = [*GRPO_FLAGS, "--init", str(supervised), "--parallel", parallel]
+        flags = [*GRPO_FLAGS, *more, "--init", str(supervised), "--parallel", parallel]
         texts = run_ranks(world, completions_of_run, [*flags, "--save-dir", str(folder)])
         found[way] = {place: group for share in texts for place, group in share.items()}
         assert [len(share) for share in texts] == [3 * 6 // world] * world
@@ -367,6 +377,12 @@ def test_a_grpo_run_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_pat
     for way in found:
         assert found[way] == alone
         assert_same_logs(logs[way], log)
+    ended = Path("checkpoints/step-000003/trainer.safetensors")
+    got, wanted = load_file(folder / ended), load_file(tmp_path / "ddp" / "1" / ended)
+    assert got.keys() == wanted.keys()  # whole, adapters too if there are any
+    assert any(name.startswith("adapter.") for name in got) == bool(more)
+    for name, value in wanted.items():
+        assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-5), name
 
 
 def test_a_supervised_run_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
