@@ -1,7 +1,7 @@
 """The batch scripts as shipped, submitted to a Slurm cluster of two virtual nodes.
 
 Real: Slurm, its signals, requeues, arrays and dependencies, torchrun and gloo between two nodes.
-Not real: GPUs (names only), separate machines, the 30 s between SIGTERM and SIGKILL (5 s here).
+Not real: GPUs (names only) and separate machines.
 """
 
 import json
