@@ -110,7 +110,8 @@ def run_policies(
 ) -> Results:
     """Every model in every mode; a skipped mode is absent."""
     acting = ActingPolicy(config.temperature, config.top_p)
-    modes = ("greedy", "sampled") if config.skip_mpc else ("greedy", "sampled", "mpc")
+    wanted = {"best_of": config.best_of > 1, "mpc": not config.skip_mpc}
+    modes = [mode for mode in evaluation.MODES if wanted.get(mode, True)]
     results: Results = {name: {} for name in models}
     hidden = None if rank() == 0 else True  # None: unless it is a terminal
     for name, mode in tqdm([(name, mode) for name in models for mode in modes], disable=hidden):
@@ -122,8 +123,13 @@ def run_policies(
                     model, starts[: config.mpc_cases], task, progress=steps
                 )
             else:
-                results[name][mode] = evaluation.evaluate_policy(
-                    model, starts, task, acting if mode == "sampled" else None, config.seed
+                tries = range(config.best_of if mode == "best_of" else 1)
+                chosen = None if mode == "greedy" else acting
+                results[name][mode] = evaluation.best_of(
+                    [
+                        evaluation.evaluate_policy(model, starts, task, chosen, config.seed + i)
+                        for i in tries
+                    ]
                 )
     return results
 

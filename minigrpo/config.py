@@ -294,6 +294,9 @@ class EvalConfig(Settings):
     initial_states: str = flag(
         "", "JSON file, a list of [position, velocity]; replaces the held-out starts"
     )
+    best_of: int = flag(
+        1, "also a row for the best of that many sampled plans a start; 1: none", at_least=1
+    )
     skip_mpc: bool = flag(False, "leave out receding-horizon control (alias --skip-mcp)")
     mpc_cases: int = flag(
         64, "starts of the receding-horizon run, the first of the held-out ones", at_least=2

@@ -1,6 +1,7 @@
 """Policies against LQR on fixed starts: reward, final error, cost, bootstrap intervals over starts.
 
 greedy, sampled   one text for each start, all its controls applied open loop
+best_of           of several sampled plans the one with the highest reward: what selection can get
 mpc               receding horizon: the model plans anew at each step, and the first control acts
 
 Every policy is measured by the same simulator, the same cost and the progress reward with its
@@ -20,7 +21,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from minigrpo.transformer import Transformer
 RESAMPLES = 2000
 DECODED_ROWS = 512  # rows decoded together
 UNTRUNCATED = ActingPolicy(temperature=1.0, top_p=1.0)
-MODES = ("greedy", "sampled", "mpc")
+MODES = ("greedy", "sampled", "best_of", "mpc")
 Summary = dict[str, float | list[float] | None]  # name_ci95 holds the two ends of an interval
 COLUMNS = (  # of the table: key, title, format
     ("num_cases", "cases", "d"),
@@ -131,6 +132,25 @@ def evaluate_policy(
     trajectories = task.plant.simulate(starts.double(), parsed.controls)
     rewards = _reward(task, parsed, trajectories)
     return _collect(trajectories, rewards, 1, (~parsed.is_valid).long(), task)
+
+
+def best_of(tries: Sequence[CaseResults]) -> CaseResults:
+    """For each start the try with the highest reward, the first of equals; the simulator chose."""
+    chosen = torch.stack([ran.rewards.total for ran in tries]).argmax(dim=0)  # [K]
+
+    def pick(values: list[Tensor]) -> Tensor:
+        return torch.stack(values)[chosen, torch.arange(len(chosen))]
+
+    components = {
+        name: pick([ran.rewards.components[name] for ran in tries])
+        for name in tries[0].rewards.components
+    }
+    names = ("final_error", "cost", "num_invalid_texts", "num_violations", "states", "controls")
+    return CaseResults(
+        rewards=Rewards(components, pick([ran.rewards.total for ran in tries])),
+        num_texts=1,
+        **{name: pick([getattr(ran, name) for ran in tries]) for name in names},
+    )
 
 
 def receding_horizon(
