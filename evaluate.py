@@ -22,7 +22,7 @@ from minigrpo import evaluation, plots
 from minigrpo.checkpoint import load_model
 from minigrpo.config import EvalConfig, parse_flags, resolve
 from minigrpo.data import Task, split_starts
-from minigrpo.distributed import process_group
+from minigrpo.distributed import process_group, rank
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import Results
 from minigrpo.policy import ActingPolicy
@@ -38,18 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"save_dir {folder} already holds an evaluation; --overwrite replaces it")
     models = load_policies(config)
     task = next(iter(models.values()))[1]
-    starts = choose_starts(config, task.plant)
     with process_group(config.device) as device:
-        print(resolved.table())
-        print(f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}")
-        if config.skip_mpc:
-            print("MPC IS SKIPPED: null in evaluation.json, in no statistic")
-        else:
-            count, horizon = len(starts[: config.mpc_cases]), task.plant.horizon
-            print(
-                f"MPC runs from the first {count} starts, {horizon} plans each; --skip-mpc omits it"
-            )
+        starts = choose_starts(config, task.plant)
+        if rank() == 0:
+            print(resolved.table())
+            print(f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}")
+            if config.skip_mpc:
+                print("MPC IS SKIPPED: null in evaluation.json, in no statistic")
+            else:
+                count, horizon = len(starts[: config.mpc_cases]), task.plant.horizon
+                print(
+                    f"MPC runs from the first {count} starts, {horizon} plans each; "
+                    "--skip-mpc omits it"
+                )
         policies = run_policies(models, starts, config, device)
+        if rank() > 0:  # every rank has all results, one writes them
+            return
     results = {
         "lqr": {"greedy": evaluation.lqr_results(starts, task)},
         "lqr_rounded": {"greedy": evaluation.lqr_results(starts, task, task.codec.decimals)},
@@ -90,9 +94,11 @@ def choose_starts(config: EvalConfig, plant: DoubleIntegrator) -> Tensor:
     starts = evaluation.read_starts(Path(config.initial_states), plant)
     trained = set(map(tuple, split.training.tolist()))
     num_trained = sum(start in trained for start in map(tuple, starts.tolist()))
-    print(
-        f"{num_trained} of the {len(starts)} starts in {config.initial_states} are training starts"
-    )
+    if rank() == 0:
+        print(
+            f"{num_trained} of the {len(starts)} starts in {config.initial_states} "
+            "are training starts"
+        )
     return starts
 
 
@@ -104,19 +110,26 @@ def run_policies(
 ) -> Results:
     """Every model in every mode; a skipped mode is absent."""
     acting = ActingPolicy(config.temperature, config.top_p)
-    modes = ("greedy", "sampled") if config.skip_mpc else ("greedy", "sampled", "mpc")
+    wanted = {"best_of": config.best_of > 1, "mpc": not config.skip_mpc}
+    modes = [mode for mode in evaluation.MODES if wanted.get(mode, True)]
     results: Results = {name: {} for name in models}
-    for name, mode in tqdm([(name, mode) for name in models for mode in modes], disable=None):
+    hidden = None if rank() == 0 else True  # None: unless it is a terminal
+    for name, mode in tqdm([(name, mode) for name in models for mode in modes], disable=hidden):
         model, task = models[name][0].to(device).eval(), models[name][1]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             if mode == "mpc":
-                steps = partial(tqdm, desc=f"{name} mpc", unit="step", leave=False, disable=None)
+                steps = partial(tqdm, desc=f"{name} mpc", unit="step", leave=False, disable=hidden)
                 results[name][mode] = evaluation.receding_horizon(
                     model, starts[: config.mpc_cases], task, progress=steps
                 )
             else:
-                results[name][mode] = evaluation.evaluate_policy(
-                    model, starts, task, acting if mode == "sampled" else None, config.seed
+                tries = range(config.best_of if mode == "best_of" else 1)
+                chosen = None if mode == "greedy" else acting
+                results[name][mode] = evaluation.best_of(
+                    [
+                        evaluation.evaluate_policy(model, starts, task, chosen, config.seed + i)
+                        for i in tries
+                    ]
                 )
     return results
 

@@ -13,10 +13,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from minigrpo.checkpoint import (
     Manifest,
     is_best,
     latest_checkpoint,
-    load_model,
+    load_task,
     load_trainer,
     prune_checkpoints,
     publish_model,
@@ -35,19 +38,56 @@ from minigrpo.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from minigrpo.config import GRPOConfig, parse_flags, resolve
-from minigrpo.data import Prompts, Task, make_prompts, split_starts, training_starts
-from minigrpo.distributed import any_rank, process_group, rank, world_size
+from minigrpo.config import GRPOConfig, Value, parse_flags, resolve
+from minigrpo.data import (
+    Prompts,
+    Task,
+    make_prompts,
+    prompt_length,
+    split_starts,
+    training_starts,
+)
+from minigrpo.distributed import (
+    any_rank,
+    check_equal_weights,
+    gathered,
+    local_world_size,
+    place_model,
+    process_group,
+    rank,
+    world_size,
+)
 from minigrpo.double_integrator import Trajectories
-from minigrpo.evaluation import validation_metrics
+from minigrpo.evaluation import DECODED_ROWS, validation_metrics
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
-from minigrpo.optim import adamw, cosine_learning_rate
+from minigrpo.lora import add_adapters
+from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
+from minigrpo.optim import (
+    adamw,
+    cosine_learning_rate,
+    has_converged,
+    linear,
+    plateau_factor,
+)
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
 from minigrpo.runs import StopSignal, open_run, run_command
-from minigrpo.transformer import Transformer
+from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
+
+LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
+    {"micro_batch_size": 1},
+    {"rows_per_batch": 16, "eval_cases": 16},
+    {"gradient_checkpointing": True},
+    {"kl_beta": 0.0},
+    {"lora_rank": 16},
+    {"parallel": "fsdp"},
+    {
+        "micro_batch_size": 1, "rows_per_batch": 16, "eval_cases": 16,
+        "gradient_checkpointing": True, "lora_rank": 16,
+    },
+)  # fmt: skip
 
 
 def batch_arithmetic(config: GRPOConfig) -> str:
@@ -66,14 +106,18 @@ def batch_arithmetic(config: GRPOConfig) -> str:
 
 
 def reward_function(
-    config: GRPOConfig, task: Task
+    config: GRPOConfig, task: Task, final_errors: Sequence[float] = ()
 ) -> Callable[[ParsedControls, Trajectories], Rewards]:
-    """The reward that the flags describe."""
+    """The reward that the flags describe; `final_errors` of the steps so far, for its rate."""
+    rate = RewardWeights.terminal_rate
+    if config.adaptive_terminal and final_errors:
+        rate = 1 / max(0.01, fmean(final_errors[-10:]))
     weights = RewardWeights(
         baseline=config.reward_baseline,
         progress=config.reward_progress,
         proximity=config.reward_proximity,
         terminal=config.reward_terminal,
+        terminal_rate=rate,
         efficiency=config.reward_efficiency,
         smoothness=config.reward_smoothness,
         lqr=config.reward_lqr,
@@ -93,7 +137,8 @@ def prompts_of_step(
     training: Tensor, config: GRPOConfig, task: Task, step: int
 ) -> tuple[Prompts, Tensor]:
     """This rank's prompts of one step, and their places among those of all ranks."""
-    starts, indices = training_starts(training, config.seed, step, config.prompts_per_step)
+    reach = linear(step, config.curriculum_steps, 0.25, 1.0) if config.curriculum_steps else 1.0
+    starts, indices = training_starts(training, config.seed, step, config.prompts_per_step, reach)
     places = torch.arange(rank(), config.prompts_per_step, world_size())
     return make_prompts(starts[places], indices[places], task), places
 
@@ -106,6 +151,34 @@ def check_batch(config: GRPOConfig) -> None:
             f"prompts_per_step must be at least num_minibatches x ranks = {needed}, "
             f"got {config.prompts_per_step}"
         )
+
+
+def build(config: GRPOConfig) -> Transformer:
+    """The model of --init, with adapters if it gets any."""
+    model = load_transformer(Path(config.init))
+    generator = torch.Generator().manual_seed(config.seed)
+    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def estimate_memory(shape: TransformerConfig, task: Task, config: GRPOConfig) -> MemoryEstimate:
+    """What a rollout, its update and a validation take on one rank."""
+    prompts = math.ceil(config.prompts_per_step / world_size())
+    together = min(prompts, max(1, config.rows_per_batch // config.group_size))
+    validated = min(config.eval_cases, DECODED_ROWS)
+    num_rows = prompts * config.group_size
+    work = Workload(
+        prompt_length=prompt_length(task),
+        completion_length=task.max_completion_length,
+        micro_rows=min(config.micro_batch_size, math.ceil(num_rows / config.num_minibatches)),
+        num_decoded=max(validated, together * config.group_size),
+        num_prefilled=max(validated, together),
+        num_rows=num_rows,
+        support_size=config.support_size if config.top_p < 1 else 0,
+        has_reference=config.kl_beta > 0 and not config.lora_rank,
+    )
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
 def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
@@ -137,12 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
     if Path(str(init)).resolve() == save_dir.resolve():
         raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
-    model, task, origin = load_model(Path(str(init)))
+    shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config
     torch.set_float32_matmul_precision(config.matmul_precision)
     if config.measure_signal:
-        measure_signal(model, config, task)
+        measure_signal(build(config), config, task)
         return
     folder = Path(config.save_dir)
     with (
@@ -151,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         check_batch(config)
+        memory = check_memory(partial(estimate_memory, shape, task), config, LESS_MEMORY, device)
         manifest = Manifest(
             "grpo",
             origin.preset,
@@ -160,10 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
-        reference = (
-            load_model(Path(config.init))[0].to(device).eval() if config.kl_beta > 0 else None
-        )
-        model.to(device)
+        model = build(config)
+        reference = None
+        if config.kl_beta > 0:  # with adapters it is the same model, seen without them
+            reference = model if config.lora_rank else load_transformer(Path(config.init))
+        for placed in dict.fromkeys([model, reference or model]):
+            place_model(placed, placed.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
@@ -172,14 +248,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.record_attempt(vars(config), device)
         split = split_starts(task.plant)
         validation = split.validation[: config.eval_cases]
-        reward = reward_function(config, task)
         if rank() == 0:
             print(resolved.table())
-            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            print(memory)
+            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
+            print(f"device {device}, {world_size()} rank(s), {sizes}")
             print(batch_arithmetic(config))
 
         def evaluate(step: int) -> dict[str, float]:
-            metrics = validation_metrics(model, validation, task, config.seed)
+            with gathered(model):
+                metrics = validation_metrics(model, validation, task, config.seed)
             if is_best(folder, metrics["eval/greedy_reward"]):
                 publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
             return metrics
@@ -187,19 +265,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.start(done if start else -1, config.steps)
         if not start:
             run.log(0, evaluate(0))
-        stopped, num_skipped = False, 0
+        stopped, last, num_skipped, history = False, False, 0, run.history()
+
+        def column(name: str) -> list[float]:
+            return [row[name] for row in history if name in row]
+
+        def converged() -> bool:
+            return has_converged(column("eval/greedy_reward"), config.stop_patience)
+
         for step in range(done, config.steps):
+            if converged():  # before this process resumed it
+                break
             began = time.perf_counter()
+            acting = config
+            if config.final_temperature:
+                ends = config.temperature, config.final_temperature
+                acting = replace(config, temperature=linear(step, config.steps - 1, *ends))
             rate = cosine_learning_rate(
                 step, config.steps, config.learning_rate, config.warmup_steps
-            )
+            ) * plateau_factor(column("reward/total"), config.plateau_patience)
+            reward = reward_function(config, task, column("rollout/final_error"))
             prompts, places = prompts_of_step(split.training, config, task, step)
             rollout, experience, seconds = make_rollout(
-                model, reference, prompts, places, config, task, reward
+                model, reference, prompts, places, acting, task, reward
             )
             updating = time.perf_counter()
             update = update_policy(
-                model, optimizer, rollout, config, step, rate, task.max_completion_length
+                model, optimizer, rollout, acting, step, rate, task.max_completion_length
             )
             metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
             metrics["time/update_s"] = time.perf_counter() - updating
@@ -215,19 +307,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if last or (step + 1) % config.eval_every == 0:
                 metrics |= evaluate(step + 1)
             run.log(step + 1, metrics)
+            history.append(metrics)
+            last = last or converged()
             if num_skipped >= MAX_SKIPPED_IN_A_ROW:
                 raise FloatingPointError(
                     f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
                     f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
                 )
+            if config.sync_check and (step + 1) % config.sync_check == 0:
+                check_equal_weights(model)
             if last or stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(
                     folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}
                 )
                 prune_checkpoints(folder, config.keep_last)
-            if stopped:
+            if stopped or last:
                 break
-        run.finish("stopped" if stopped and step + 1 < config.steps else "finished")
+        run.finish("stopped" if stopped and not last else "finished")
         if rank() == 0 and (best := published(folder)):
             print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
 

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on LQR demonstrations: python train_sft.py [--help].
 
-A fixed, seeded set of demonstrations. The checkpoint with the best greedy reward on validation
-starts is published in
-save_dir, so that GRPO has to beat supervised training at its best.
+A fixed, seeded set of demonstrations, flown under noise with the answers of LQR as labels. The
+checkpoint with the best greedy reward on validation starts is published in save_dir, so that GRPO
+has to beat supervised training at its best.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +29,31 @@ from minigrpo.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from minigrpo.config import SFTConfig, parse_flags, resolve
-from minigrpo.data import SFTBatch, Task, demonstrations, keyed_generator, split_starts
-from minigrpo.distributed import any_rank, process_group, rank, world_size
+from minigrpo.config import SFTConfig, Value, parse_flags, resolve
+from minigrpo.data import (
+    SFTBatch,
+    Task,
+    demonstrations,
+    disturbances,
+    keyed_generator,
+    prompt_length,
+    split_starts,
+)
+from minigrpo.distributed import (
+    any_rank,
+    check_equal_weights,
+    gathered,
+    local_world_size,
+    place_model,
+    process_group,
+    rank,
+    world_size,
+)
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.evaluation import validation_metrics
+from minigrpo.evaluation import DECODED_ROWS, validation_metrics
+from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
+from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
 from minigrpo.runs import StopSignal, open_run, run_command
@@ -44,17 +64,28 @@ from minigrpo.transformer import (
     TransformerConfig,
     find_pretrained,
     initialise,
+    load_shape,
     load_transformer,
 )
 
+LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
+    {"micro_batch_size": 1},
+    {"gradient_checkpointing": True},
+    {"lora_rank": 16},
+    {"parallel": "fsdp"},
+    {"eval_cases": 16},
+    {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_rank": 16, "eval_cases": 16},
+)
 
-def build(config: SFTConfig) -> tuple[Transformer, Task]:
-    """The model to train and its task: a small one from scratch, or a pretrained one."""
+
+def describe(config: SFTConfig) -> tuple[TransformerConfig, Task, Path | None]:
+    """Shape of the model to train, its task, and the folder of its weights; None: from scratch."""
     plant, cost = DoubleIntegrator(dt=config.dt, horizon=config.horizon), QuadraticCost()
     if config.preset == "pretrained":
         folder = find_pretrained(config.model)
-        model, tokenizer = load_transformer(folder), load_tokenizer(folder)
-        return model, make_task(plant, cost, Codec(style="words", decimals=3), tokenizer)
+        codec, shape = Codec(style="words", decimals=3), load_shape(folder)
+        tokenizer = load_tokenizer(folder, shape.vocab_size)
+        return shape, make_task(plant, cost, codec, tokenizer), folder
     codec = Codec(style="numbers", decimals=2, row_length=config.row_length)
     tokenizer = number_tokenizer(plant, codec)
     shape = TransformerConfig(
@@ -69,10 +100,36 @@ def build(config: SFTConfig) -> tuple[Transformer, Task]:
         rope_theta=config.rope_theta,
         tied_head=config.tied_head,
     )
-    model = Transformer(shape)
-    features = number_features(token_values(tokenizer, len(tokenizer)), config.width)
-    initialise(model, torch.Generator().manual_seed(config.seed), features)
-    return model, make_task(plant, cost, codec, tokenizer)
+    return shape, make_task(plant, cost, codec, tokenizer), None
+
+
+def build(
+    shape: TransformerConfig, task: Task, folder: Path | None, config: SFTConfig
+) -> Transformer:
+    """The model to train: its own weights, or random ones, and adapters if it gets any."""
+    generator = torch.Generator().manual_seed(config.seed)
+    if folder is None:
+        model = Transformer(shape)
+        values = token_values(task.tokenizer, shape.vocab_size)
+        initialise(model, generator, number_features(values, shape.width))
+    else:
+        model = load_transformer(folder)
+    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def estimate_memory(shape: TransformerConfig, task: Task, config: SFTConfig) -> MemoryEstimate:
+    """What a step and a validation of this run take on one rank."""
+    decoded = min(config.eval_cases, DECODED_ROWS)
+    work = Workload(
+        prompt_length=prompt_length(task),
+        completion_length=task.max_completion_length,
+        micro_rows=min(config.micro_batch_size, math.ceil(config.batch_size / world_size())),
+        num_decoded=decoded,
+        num_prefilled=decoded,
+    )
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
 def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:
@@ -97,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(
             "model must name a folder or hub model with preset pretrained, got nothing"
         )
+    if config.lora_rank and config.preset == "tiny":
+        raise ValueError("lora_rank must be 0 with preset tiny: random weights need training")
     if config.width % config.num_heads:
         raise ValueError(
             f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"
@@ -108,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
-        model, task = build(config)
+        shape, task, weights = describe(config)
+        memory = check_memory(partial(estimate_memory, shape, task), config, LESS_MEMORY, device)
         manifest = Manifest(
             "sft",
             config.preset,
@@ -118,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vars(config).copy(),
             resolved.sources,
         )
-        model.to(device)
+        model = build(shape, task, weights, config)
+        place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
@@ -127,9 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.record_attempt(vars(config), device)
         split = split_starts(task.plant)
         order = keyed_generator(config.seed, "demonstrations").permutation(len(split.training))
-        data = demonstrations(
-            split.training[torch.from_numpy(order[: config.num_demonstrations])], task
-        )
+        starts = split.training[torch.from_numpy(order[: config.num_demonstrations])]
+        scale, horizon = config.demonstration_noise, task.plant.horizon
+        noise = disturbances(len(starts), horizon, scale, config.seed) if scale > 0 else None
+        data = demonstrations(starts, task, noise)
         validation = split.validation[: config.eval_cases]
         smoothing: Tensor | None = None
         if config.smoothing_width > 0 and task.codec.style == "numbers":
@@ -137,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             smoothing = smoothing_matrix(values, config.smoothing_width).float().to(device)
         if rank() == 0:
             print(resolved.table())
-            print(f"device {device}, {world_size()} rank(s), {model.num_parameters():,} parameters")
+            print(memory)
+            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
+            print(f"device {device}, {world_size()} rank(s), {sizes}")
             epochs = config.steps * config.batch_size / config.num_demonstrations
             print(
                 f"{config.num_demonstrations} demonstrations, {config.steps} steps of "
@@ -145,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
 
         def evaluate(step: int) -> dict[str, float]:
-            metrics = validation_metrics(model, validation, task, config.seed)
+            with gathered(model):
+                metrics = validation_metrics(model, validation, task, config.seed)
             if is_best(folder, metrics["eval/greedy_reward"]):
                 publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
             return metrics
@@ -173,6 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if last or (step + 1) % config.eval_every == 0:
                 metrics |= evaluate(step + 1)
             run.log(step + 1, metrics)
+            if config.sync_check and (step + 1) % config.sync_check == 0:
+                check_equal_weights(model)
             if last or stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(
                     folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}

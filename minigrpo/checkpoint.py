@@ -29,17 +29,25 @@ from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import Value
 from minigrpo.data import SFTBatch, Task
-from minigrpo.distributed import any_rank, max_over_ranks, rank
+from minigrpo.distributed import any_rank, cut_like, max_over_ranks, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, render_controls
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
 from minigrpo.tokenizer import decode_completions, encode_completion, load_tokenizer, pad_id
-from minigrpo.transformer import Transformer, load_transformer, to_hugging_face
+from minigrpo.transformer import (
+    Transformer,
+    TransformerConfig,
+    load_shape,
+    load_transformer,
+    to_hugging_face,
+)
 
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
+ADAPTER = "adapter."
 
 
 @dataclass(frozen=True)
@@ -115,20 +123,21 @@ def saved_config(folder: Path) -> dict[str, Value] | None:
     return load_manifest(newest).config if (newest / "minigrpo.json").is_file() else None
 
 
-def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
-    """The model (float32, CPU), its task, its manifest. ValueError: missing, damaged, foreign."""
-    manifest = load_manifest(folder)
-    model = load_transformer(folder)
-    tokenizer = load_tokenizer(folder)
-    size = model.config.vocab_size
-    if len(tokenizer) > size:
-        raise ValueError(
-            f"{folder}: tokens must be at most the model's {size}, got {len(tokenizer)}"
-        )
+def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
+    """All of a model folder but its weights. ValueError: missing, damaged, foreign."""
+    manifest, shape = load_manifest(folder), load_shape(folder)
+    tokenizer = load_tokenizer(folder, shape.vocab_size)
     try:
-        return model, make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer), manifest
+        task = make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    return shape, task, manifest
+
+
+def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
+    """The model (float32, CPU), its task, its manifest. ValueError: missing, damaged, foreign."""
+    _, task, manifest = load_task(folder)
+    return load_transformer(folder), task, manifest
 
 
 def make_task(
@@ -157,7 +166,7 @@ def publish_model(
     The weights come last, by one rename, and carry the step and the score that they stand for. The
     files beside them don't change during a run.
     """
-    weights = _full_weights(model)
+    weights = _plain_weights(model)
     draft = folder / "publish.tmp"
 
     def write() -> None:
@@ -207,7 +216,8 @@ def save_checkpoint(
 
     OSError: a full disk, say; the checkpoints before are intact.
     """
-    weights, moments = _full_weights(model), _full_moments(model, optimizer)
+    weights, trained = _plain_weights(model), _full_moments(model, optimizer)
+    trained |= {f"{ADAPTER}{k}": whole(v).detach().cpu() for k, v in adapters(model).items()}
     final = run_folder / "checkpoints" / f"step-{step:06d}"
     draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
 
@@ -217,7 +227,7 @@ def save_checkpoint(
         with _drafted(draft):
             _write_model(draft, weights, model, task, manifest, {"step": str(step)})
             described = {"counters": json.dumps(counters)}
-            _save_tensors(moments, draft / "trainer.safetensors", described)
+            _save_tensors(trained, draft / "trainer.safetensors", described)
         if final.exists():  # damaged, or saved twice
             final.rename(replaced)
         draft.rename(final)
@@ -282,10 +292,40 @@ def load_trainer(
         raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
     path = folder / "trainer.safetensors"
     counters: dict[str, float | int] = json.loads(_metadata(path, "counters")["counters"])
-    state = _optimizer_state(load_file(path), model, optimizer, path)
-    model.load_state_dict(loaded.state_dict())
+    tensors = load_file(path)
+    own = {name: tensors.pop(f"{ADAPTER}{name}", None) for name in adapters(model)}
+    state = _optimizer_state(tensors, model, optimizer, path)
+    weights = loaded.state_dict() if not own else _adapters_of(own, model, loaded, folder)
+    places = model.state_dict()
+    cut = {name: cut_like(value, places[name]) for name, value in weights.items()}
+    model.load_state_dict(cut, strict=not own)
     optimizer.load_state_dict(state)
     return counters
+
+
+def _adapters_of(
+    own: dict[str, Tensor | None], model: Transformer, loaded: Transformer, folder: Path
+) -> dict[str, Tensor]:
+    """A checkpoint's adapters; ValueError: not those of these flags, or another model below them.
+
+    The checkpoint's weights are merged; those without an adapter must be the base model's.
+    """
+    found = {name: value for name, value in own.items() if value is not None}
+    for name, parameter in adapters(model).items():
+        got = tuple(found[name].shape) if name in found else "none"
+        if got != tuple(parameter.shape):
+            raise ValueError(
+                f"{folder}: adapter {name} must have shape {tuple(parameter.shape)}, got {got}; "
+                "lora_rank and lora_targets are those of the run"
+            )
+    adapted = {name.split(".lora_")[0] for name in found}
+    base = dict(model.named_parameters())
+    for name, value in loaded.named_parameters():
+        if name.rpartition(".")[0] not in adapted and not torch.equal(
+            value, whole(base[name]).cpu()
+        ):
+            raise ValueError(f"{folder}: the adapters were trained on a model with another {name}")
+    return found
 
 
 def _optimizer_state(
@@ -304,7 +344,10 @@ def _optimizer_state(
             got = tuple(moments[key[kind]].shape)
             if got != shape:
                 raise ValueError(f"{path}: {key[kind]} must have shape {tuple(shape)}, got {got}")
-    state = [{kind: moments[name] for kind, name in key.items()} for key in keys]
+    state = [
+        {kind: cut_like(moments[name], parameter) for kind, name in key.items()}
+        for parameter, key in zip(trained, keys, strict=True)
+    ]
     return {"state": dict(enumerate(state)), "param_groups": groups}
 
 
@@ -320,15 +363,15 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
 
 
-def _full_weights(model: Transformer) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+def _plain_weights(model: Transformer) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in merged_weights(model).items()}
 
 
 def _full_moments(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """AdamW's tensors as `exp_avg.blocks.0...`; none before the first step."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{kind}.{names[parameter]}": state[kind].detach().cpu()
+        f"{kind}.{names[parameter]}": whole(state[kind]).detach().cpu()
         for parameter, state in optimizer.state.items()
         for kind in MOMENTS
     }

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar, get_type_hints
 
 Value = bool | int | float | str
 V = TypeVar("V", bool, int, float, str)
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def flag(
@@ -82,10 +83,22 @@ class RunSettings(Settings):
         "medium", "torch.set_float32_matmul_precision: medium is twice as fast on many CPUs",
         choices=("highest", "high", "medium"),
     )  # fmt: skip
+    lora_rank: int = flag(
+        0, "rank of the LoRA adapters that are trained instead of the model; 0 trains the model",
+        at_least=0,
+    )  # fmt: skip
+    lora_alpha: float = flag(32.0, "an adapter's product B A is weighted with this / rank", above=0)
+    lora_targets: str = flag(
+        ",".join(LORA_TARGETS), "modules that get an adapter, by transformers' names"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "keep a block's input alone and compute it again in the backward pass"
+    )
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
     resume: bool = flag(
         False,
-        "go on from the newest complete checkpoint in save_dir, or start there if it is empty",
+        "go on from the newest complete checkpoint in save_dir, or start there if it is empty; "
+        "`--resume auto` is the same",
     )
     eval_every: int = flag(
         20, "steps between evaluations on validation starts; the best one is published", at_least=1
@@ -97,6 +110,23 @@ class RunSettings(Settings):
     stop_after_minutes: float = flag(
         0.0, "save and stop cleanly after that time; 0 is never", at_least=0
     )
+    parallel: str = flag(
+        "ddp",
+        "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
+        choices=("ddp", "fsdp"),
+    )
+    sync_check: int = flag(
+        50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
+        at_least=0,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.lora_targets.split(",")) - set(LORA_TARGETS):
+            raise ValueError(
+                f"lora_targets must be some of {','.join(LORA_TARGETS)}, "
+                f"got {','.join(sorted(unknown))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -115,6 +145,12 @@ class SFTConfig(RunSettings):
     num_demonstrations: int = flag(
         1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
+    demonstration_noise: float = flag(
+        0.2,
+        "tiny model: largest size of the noise on a demonstration's controls, m/s^2; LQR's answers "
+        "to where it leads are the labels",
+        at_least=0,
+    )
     steps: int = flag(600, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
@@ -128,7 +164,7 @@ class SFTConfig(RunSettings):
         1.0, "gradient norm above which the gradient is scaled down", above=0
     )
     smoothing_width: float = flag(
-        0.01, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
+        0.03, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
     )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
@@ -140,7 +176,7 @@ class SFTConfig(RunSettings):
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)
-    num_heads: int = flag(2, "tiny model: attention heads", at_least=1)
+    num_heads: int = flag(4, "tiny model: attention heads", at_least=1)
     rope_theta: float = flag(1000.0, "tiny model: base of the rotary frequencies", above=1)
     tied_head: bool = flag(False, "tiny model: the head shares the embedding")
 
@@ -171,6 +207,12 @@ class GRPOConfig(RunSettings):
     temperature: float = flag(
         1.5, "of the acting policy, in sampling and in every log-prob", above=0
     )
+    final_temperature: float = flag(
+        0.0, "temperature of the last step, reached linearly; 0 keeps temperature", at_least=0
+    )
+    curriculum_steps: int = flag(
+        0, "steps in which the starts grow from the middle quarter to all; 0: all", at_least=0
+    )
     top_p: float = flag(
         0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1
     )
@@ -179,6 +221,14 @@ class GRPOConfig(RunSettings):
     )
     learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
+    plateau_patience: int = flag(
+        0,
+        "halve the rate when that many steps earn no more than those before; 0: never",
+        at_least=0,
+    )
+    stop_patience: int = flag(
+        0, "finish after that many evaluations without a new best one; 0: never", at_least=0
+    )
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
     adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
     max_grad_norm: float = flag(
@@ -210,6 +260,9 @@ class GRPOConfig(RunSettings):
     )
     reward_proximity: float = flag(15.0, "weight of exp(-2 mean distance)", at_least=0)
     reward_terminal: float = flag(25.0, "weight of exp(-10 final error)", at_least=0)
+    adaptive_terminal: bool = flag(
+        False, "the terminal term's rate follows performance: 1 / (final error of 10 rollouts)"
+    )
     reward_efficiency: float = flag(10.0, "weight of exp(-mean |u|)", at_least=0)
     reward_smoothness: float = flag(8.0, "weight of exp(-2 mean |u_k - u_{k-1}|)", at_least=0)
     reward_lqr: float = flag(15.0, "weight of -tanh(cost / 200)", at_least=0)
@@ -240,6 +293,9 @@ class EvalConfig(Settings):
     )
     initial_states: str = flag(
         "", "JSON file, a list of [position, velocity]; replaces the held-out starts"
+    )
+    best_of: int = flag(
+        1, "also a row for the best of that many sampled plans a start; 1: none", at_least=1
     )
     skip_mpc: bool = flag(False, "leave out receding-horizon control (alias --skip-mcp)")
     mpc_cases: int = flag(
@@ -272,6 +328,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "batch_size": 16,
         "micro_batch_size": 4,
         "smoothing_width": 0.0,
+        "demonstration_noise": 0.0,
         "weight_decay": 0.0,
     },
     ("pretrained", GRPOConfig): {"micro_batch_size": 8},
@@ -310,7 +367,9 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
         shown = f"{item.metadata['help']} (default: {item.default})"
         names = sorted({f"--{item.name.replace('_', '-')}", f"--{item.name}"})
         if isinstance(item.default, bool):
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)
+            switch = parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)
+            if item.name == "resume":  # other tools want a word behind it
+                switch.nargs, switch.choices = "?", ("auto",)
         else:
             choices = item.metadata["limits"]["choices"]
             parser.add_argument(*names, type=type(item.default), choices=choices, help=shown)

@@ -6,7 +6,7 @@ number of ranks, and resuming needs no generator state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.lqr import QuadraticCost, lqr_controls
+from minigrpo.lqr import QuadraticCost, disturbed_lqr_controls
 from minigrpo.prompts import Codec, prompt_text
 from minigrpo.shapes import check_shapes
 from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
 
 PURPOSES = (
     "split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap",
-    "initialise",
+    "initialise", "disturbance",
 )  # fmt: skip
 # One split for all: a run's own seed must not move a start from test to training.
 SPLIT_SEED = 20_260_101
@@ -99,10 +99,22 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
     return Prompts(initial_states, indices, texts, tokens, mask)
 
 
+def prompt_length(task: Task) -> int:
+    """Tokens of a long prompt, that of a start with two negative numbers."""
+    lowest = torch.full((2,), -task.plant.start_bound, dtype=torch.float64)
+    return len(encode_prompt(task.tokenizer, lowest, task.plant, task.codec))
+
+
 def training_starts(
-    starts: Tensor, seed: int, step: int, num_prompts: int
+    starts: Tensor, seed: int, step: int, num_prompts: int, reach: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Fresh random starts [P, 2] of one step and their places [P] in the run's prompt stream."""
+    """Fresh random starts [P, 2] of one step and their places [P] in the run's prompt stream.
+
+    `reach` in (0, 1] is the share of the square they come from, by side: a curriculum's stage.
+    """
+    if reach < 1.0:
+        size = starts.abs().amax(dim=1)  # [K]
+        starts = starts[size <= reach * size.max()]
     chosen = keyed_generator(seed, "prompts", step).integers(len(starts), size=num_prompts)
     places = torch.arange(step * num_prompts, (step + 1) * num_prompts)
     return starts[torch.from_numpy(chosen)], places
@@ -122,36 +134,63 @@ def token_uniforms(
 class SFTBatch:
     """Demonstrations as token rows: prompt, completion, EOS, right-padded."""
 
-    tokens: Tensor  # [B, K] int64
+    tokens: Tensor  # [B, K] int64, what the model reads: the controls as applied
+    labels: Tensor  # [B, K] int64, what it shall have said there: the controls that LQR wanted
     mask: Tensor  # [B, K] bool, real tokens
     completion_mask: Tensor  # [B, K] bool, the tokens to learn: completion and EOS
 
     def __post_init__(self) -> None:
         check_shapes(
             tokens=(self.tokens, "B K"),
+            labels=(self.labels, "B K"),
             mask=(self.mask, "B K"),
             completion_mask=(self.completion_mask, "B K"),
         )
 
     def rows(self, chosen: Tensor) -> SFTBatch:
-        return SFTBatch(self.tokens[chosen], self.mask[chosen], self.completion_mask[chosen])
+        return SFTBatch(*(getattr(self, item.name)[chosen] for item in fields(self)))
 
     def to(self, device: torch.device) -> SFTBatch:
-        return SFTBatch(
-            self.tokens.to(device), self.mask.to(device), self.completion_mask.to(device)
-        )
+        return SFTBatch(*(getattr(self, item.name).to(device) for item in fields(self)))
 
 
-def demonstrations(starts: Tensor, task: Task) -> SFTBatch:
-    """Saturated LQR from starts [B, 2], rounded in the loop: a control sees earlier rounding."""
-    plans = lqr_controls(starts, task.plant, task.cost, decimals=task.codec.decimals)
+def disturbances(num_rows: int, horizon: int, scale: float, seed: int) -> Tensor:
+    """Noise [B, T] on the controls of demonstrations, m/s^2: Gaussian, each row of its own size.
+
+    noise_bk = scale w_b e_bk,  w_b uniform in [0, 1), e_bk standard normal
+    From nearly none to `scale`: the model is to follow the expert's own path as well as to return
+    to it from wherever its own sampling may lead.
+    """
+    generator = keyed_generator(seed, "disturbance")
+    sizes = generator.random((num_rows, 1))
+    return torch.from_numpy(scale * sizes * generator.standard_normal((num_rows, horizon)))
+
+
+def demonstrations(starts: Tensor, task: Task, noise: Tensor | None = None) -> SFTBatch:
+    """Saturated LQR from starts [B, 2], rounded in the loop: a control sees earlier rounding.
+
+    With `noise` [B, T] the rows hold the disturbed controls, and their labels those LQR wanted;
+    ValueError if a control is not one token, for then label and token would not stand in line.
+    """
+    if noise is not None and task.codec.style != "numbers":
+        raise ValueError(f"noise needs the codec style numbers, got {task.codec.style}")
+    wanted, applied = disturbed_lqr_controls(
+        starts, task.plant, task.cost, task.codec.decimals, noise
+    )
     prompts = [encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in starts]
-    completions = [encode_completion(task.tokenizer, plan, task.codec) for plan in plans]
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    tokens, mask = _pad(rows, pad_id(task.tokenizer), left=False)
+    tokens, mask = _demonstration_rows(prompts, applied, task)
+    labels = tokens if noise is None else _demonstration_rows(prompts, wanted, task)[0]
     prompt_length = rearrange(torch.tensor([len(prompt) for prompt in prompts]), "b -> b 1")
     learned = mask & (torch.arange(tokens.shape[1]) >= prompt_length)  # [B, K]
-    return SFTBatch(tokens, mask, learned)
+    return SFTBatch(tokens, labels, mask, learned)
+
+
+def _demonstration_rows(
+    prompts: list[list[int]], plans: Tensor, task: Task
+) -> tuple[Tensor, Tensor]:
+    completions = [encode_completion(task.tokenizer, plan, task.codec) for plan in plans]
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    return _pad(rows, pad_id(task.tokenizer), left=False)
 
 
 def _pad(rows: list[list[int]], fill: int, left: bool) -> tuple[Tensor, Tensor]:

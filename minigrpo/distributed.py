@@ -2,25 +2,29 @@
 process group.
 
 Rules: counts are summed over ranks before the first backward, gradients are summed once per
-optimizer step, decisions to stop or
-skip are agreed before anybody acts, and no collective stands inside an `if` that ranks may answer
-differently.
+optimizer step, decisions to stop or skip are agreed before anybody acts, and no collective stands
+inside an `if` that ranks may answer differently.
+
+With fully_shard (FSDP2) a rank keeps a part of each parameter, gathers a block when it computes
+with it, and sums gradients in every backward: all ranks run the same number of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # a lost rank ends the job after this at the latest; long rollouts need minutes
+# A lost rank ends the job after this at the latest; long rollouts need minutes.
+TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
@@ -53,6 +57,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over ranks, a new tensor."""
     total = value.clone()
@@ -83,17 +92,63 @@ def gather_rows(rows: list[Tensor]) -> list[list[Tensor]]:
     return gathered
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def place_model(
+    model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, parallel: str
+) -> None:
+    """Put a model where it trains: whole on every rank, or, with `fsdp`, sharded block by block.
+
+    On several nodes each holds all shards, so that only gradients travel between nodes. One process
+    without torchrun has nobody to share with.
+    """
+    if parallel != "fsdp" or not dist.is_initialized():
+        model.to(device)
+        return
+    size = local_world_size()
+    mesh = init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("n", "r"))
+    for part in (*blocks, model):  # a block is moved whole, then cut: no rank ever holds the model
+        fully_shard(part, mesh=mesh)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every rank, for sampling: gathered once, not for every token.
+
+    Nothing communicates inside, so ranks may run different numbers of forward passes.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in shards:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A parameter or its moment in full, on every rank."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a full tensor, cut as the parameter is; other shapes stay whole."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    mesh, value = parameter.device_mesh, value.to(parameter.device)
+    return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
+
+
+def backward(model: nn.Module, loss: Tensor) -> None:
+    """Back-propagate a local sum divided by a global count; fully_shard averages, we want sums."""
+    torch.autograd.backward(loss * world_size() if isinstance(model, FSDPModule) else loss)
 
 
 def reduce_gradients(model: nn.Module) -> None:
-    """Sum the gradients over ranks, in place, in one flattened all-reduce.
+    """Sum the gradients over ranks, in place, in one flattened all-reduce (not shards, which are).
 
     No mean: losses carry global denominators.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or isinstance(model, FSDPModule):
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -110,7 +165,7 @@ def reduce_gradients(model: nn.Module) -> None:
 def gradient_norm(model: nn.Module) -> float:
     """The Euclidean norm of the whole gradient, in float32, the same number on every rank."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
 
 def scale_gradient(model: nn.Module, factor: float) -> None:
@@ -118,3 +173,16 @@ def scale_gradient(model: nn.Module, factor: float) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
+
+
+def check_equal_weights(model: nn.Module) -> None:
+    """RuntimeError on every rank if their copies differ by a bit: no sum over ranks would show it.
+
+    Shards are no copies and not looked at.
+    """
+    copies = [(k, p.detach()) for k, p in model.named_parameters() if not isinstance(p, DTensor)]
+    sums = [value.view(torch.int32).sum().cpu() for _, value in copies]  # of bits, so exact
+    for other, found in enumerate(gather_rows(sums)):
+        for (name, _), mine, theirs in zip(copies, sums, found, strict=True):
+            if mine != theirs:
+                raise RuntimeError(f"{name} differs between ranks {rank()} and {other}")

@@ -1,6 +1,7 @@
 """Policies against LQR on fixed starts: reward, final error, cost, bootstrap intervals over starts.
 
 greedy, sampled   one text for each start, all its controls applied open loop
+best_of           of several sampled plans the one with the highest reward: what selection can get
 mpc               receding horizon: the model plans anew at each step, and the first control acts
 
 Every policy is measured by the same simulator, the same cost and the progress reward with its
@@ -11,7 +12,8 @@ final error are those of zero controls, and no start is dropped.
 Intervals are percentiles of RESAMPLES bootstrap draws of the starts. Two policies are compared
 start by start (paired): what a start is worth cancels, which narrows the interval.
 
-K starts, T horizon. Nothing here communicates: of several ranks each computes, and gets, the same.
+K starts, T horizon. Of several ranks each writes the plans of its share of the starts, and all get
+all results; the rest is arithmetic that every rank repeats.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,18 +32,20 @@ from einops import rearrange
 from torch import Tensor
 
 from minigrpo.data import Task, keyed_generator, make_prompts, token_uniforms
+from minigrpo.distributed import gather_rows, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator, Trajectories
 from minigrpo.lqr import lqr_controls, trajectory_cost
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, compute_rewards
-from minigrpo.rollout import Experience, act
+from minigrpo.rollout import act
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
 RESAMPLES = 2000
+DECODED_ROWS = 512  # rows decoded together
 UNTRUNCATED = ActingPolicy(temperature=1.0, top_p=1.0)
-MODES = ("greedy", "sampled", "mpc")
+MODES = ("greedy", "sampled", "best_of", "mpc")
 Summary = dict[str, float | list[float] | None]  # name_ci95 holds the two ends of an interval
 COLUMNS = (  # of the table: key, title, format
     ("num_cases", "cases", "d"),
@@ -117,23 +121,43 @@ def evaluate_policy(
     task: Task,
     acting: ActingPolicy | None,
     seed: int,
-    rows_per_batch: int = 512,
+    rows_per_batch: int = DECODED_ROWS,
 ) -> CaseResults:
     """One plan for each start [K, 2], applied open loop; `acting` None is greedy, without a seed.
 
     The draws are keyed by (seed, place in starts): two models meet equal uniforms, and a longer
     list of starts changes no case of a shorter one.
     """
-    experience = _plan(model, starts, task, acting, seed, rows_per_batch)
-    parsed, trajectories, rewards = experience.parsed, experience.trajectories, experience.rewards
+    parsed = _plan(model, starts, task, acting, seed, rows_per_batch)
+    trajectories = task.plant.simulate(starts.double(), parsed.controls)
+    rewards = _reward(task, parsed, trajectories)
     return _collect(trajectories, rewards, 1, (~parsed.is_valid).long(), task)
+
+
+def best_of(tries: Sequence[CaseResults]) -> CaseResults:
+    """For each start the try with the highest reward, the first of equals; the simulator chose."""
+    chosen = torch.stack([ran.rewards.total for ran in tries]).argmax(dim=0)  # [K]
+
+    def pick(values: list[Tensor]) -> Tensor:
+        return torch.stack(values)[chosen, torch.arange(len(chosen))]
+
+    components = {
+        name: pick([ran.rewards.components[name] for ran in tries])
+        for name in tries[0].rewards.components
+    }
+    names = ("final_error", "cost", "num_invalid_texts", "num_violations", "states", "controls")
+    return CaseResults(
+        rewards=Rewards(components, pick([ran.rewards.total for ran in tries])),
+        num_texts=1,
+        **{name: pick([getattr(ran, name) for ran in tries]) for name in names},
+    )
 
 
 def receding_horizon(
     model: Transformer,
     starts: Tensor,
     task: Task,
-    rows_per_batch: int = 512,
+    rows_per_batch: int = DECODED_ROWS,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> CaseResults:
     """Greedy MPC from starts [K, 2]: at each of the T steps plan anew, apply one control.
@@ -149,7 +173,7 @@ def receding_horizon(
     for _ in progress(range(plant.horizon)):
         seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
         distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
-        parsed = _plan(model, distinct, task, None, 0, rows_per_batch).parsed
+        parsed = _plan(model, distinct, task, None, 0, rows_per_batch)
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])
         state = plant.step(state, written[-1].clamp(-bound, bound))
@@ -164,13 +188,20 @@ def _plan(
     acting: ActingPolicy | None,
     seed: int,
     rows: int,
-) -> Experience:
-    prompts = make_prompts(starts.double(), torch.arange(len(starts)), task)
+) -> ParsedControls:
+    """One plan for each start [K, 2], of which this rank writes every world-th."""
+    # Where ranks outnumber starts, those without one repeat the first.
+    share = torch.arange(rank() % len(starts), len(starts), world_size())
+    prompts = make_prompts(starts[share].double(), share, task)
     length = task.max_completion_length
     uniforms = token_uniforms(seed, prompts.indices, 1, length, "evaluation") if acting else None
-    return act(
-        model, prompts, 1, task, acting or UNTRUNCATED, uniforms, partial(_reward, task), rows
-    )
+    reward = partial(_reward, task)
+    written = act(model, prompts, 1, task, acting or UNTRUNCATED, uniforms, reward, rows).parsed
+    columns = [share, written.controls, written.is_valid, written.num_values]
+    places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
+    order = torch.empty(len(starts), dtype=torch.int64)
+    order[places] = torch.arange(len(places))
+    return ParsedControls(*(value[order] for value in values))
 
 
 def _reward(task: Task, parsed: ParsedControls, trajectories: Trajectories) -> Rewards:

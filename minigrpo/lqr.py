@@ -103,13 +103,39 @@ def lqr_controls(
     `decimals` rounds each control inside the loop, so the next sees the effect of the rounded one:
     the sum of costs grows by 0.001 %; rounding the finished plan costs some starts three times LQR.
     """
-    check_shapes(initial_states=(initial_states, "N 2"))
+    return disturbed_lqr_controls(initial_states, plant, cost, decimals, None)[0]
+
+
+def disturbed_lqr_controls(
+    initial_states: Tensor,
+    plant: DoubleIntegrator,
+    cost: QuadraticCost,
+    decimals: int | None,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What saturated LQR wants, and what is applied instead: two [N, T] of initial_states [N, 2].
+
+    wanted_k = sat(round(-K x_k)),  applied_k = sat(round(wanted_k + noise_k)),
+    x_{k+1} = A x_k + B applied_k
+    `noise` [N, T], m/s^2; None: both are the same. The expert answers the state that the noise led
+    to, so its controls teach feedback, which an undisturbed plan never needs (DART, 1703.09327).
+    """
+    sizes = check_shapes(initial_states=(initial_states, "N 2"))
+    if noise is not None:
+        check_shapes(noise=(noise, f"{sizes['N']} {plant.horizon}"))
+
+    def possible(control: Tensor) -> Tensor:
+        control = control if decimals is None else control.round(decimals=decimals)
+        return control.clamp(-plant.control_bound, plant.control_bound)
+
     gain = lqr_gain(plant, cost).to(initial_states)
     state = rearrange(initial_states, "n c -> c n")  # [2, N]
-    controls = []
-    for _ in range(plant.horizon):
-        control = -(gain[0] * state[0] + gain[1] * state[1])  # [N]
-        control = control if decimals is None else control.round(decimals=decimals)
-        controls.append(control.clamp(-plant.control_bound, plant.control_bound))
-        state = plant.step(state, controls[-1])
-    return rearrange(torch.stack(controls), "t n -> n t")
+    wanted, applied = [], []
+    for k in range(plant.horizon):
+        wanted.append(possible(-(gain[0] * state[0] + gain[1] * state[1])))  # [N]
+        applied.append(wanted[k] if noise is None else possible(wanted[k] + noise[:, k]))
+        state = plant.step(state, applied[k])
+    return (
+        rearrange(torch.stack(wanted), "t n -> n t"),
+        rearrange(torch.stack(applied), "t n -> n t"),
+    )

@@ -1,8 +1,13 @@
-"""AdamW with weight decay on matrices only; the learning rate as a pure function of the step."""
+"""AdamW with weight decay on matrices only; schedules as pure functions of the step or of what was
+measured so far, so that resuming needs no state of theirs.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
 
 from torch import nn
 from torch.optim import AdamW
@@ -39,3 +44,28 @@ def cosine_learning_rate(
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak * (final_fraction + (1.0 - final_fraction) * cosine)
+
+
+def linear(step: int, num_steps: int, start: float, end: float) -> float:
+    """start + (end - start) step / num_steps, and end from num_steps on."""
+    return start + (end - start) * min(1.0, step / max(1, num_steps))
+
+
+def plateau_factor(rewards: Sequence[float], patience: int) -> float:
+    """What a learning rate that follows progress is multiplied by: 2^-(number of plateaus).
+
+    The rewards of the steps so far are cut into windows of `patience`; each window whose mean is
+    not above that of the window before is a plateau. Patience 0 never slows down.
+    """
+    if patience == 0:
+        return 1.0
+    ends = range(patience, len(rewards) + 1, patience)
+    means = [fmean(rewards[end - patience : end]) for end in ends]
+    return 0.5 ** sum(later <= earlier for earlier, later in pairwise(means))
+
+
+def has_converged(scores: Sequence[float], patience: int) -> bool:
+    """Is the best of the evaluations so far followed by `patience` others? Never for patience 0."""
+    if patience == 0 or not scores:
+        return False
+    return len(scores) - 1 - scores.index(max(scores)) >= patience

@@ -16,9 +16,8 @@ N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from einops import rearrange
@@ -29,10 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
-# Completion positions that go through the head together: logits [M, C, V] never exist at once.
-CHUNK_POSITIONS = 2048
-# Untruncated logits with more elements are not kept for the backward pass but made again in it.
-KEPT_ELEMENTS = 2**26
+# Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`).
+CHUNK_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -162,8 +159,7 @@ def completion_scores(
 ) -> TokenScores:
     """Score completions [M, C] after left-padded prompts [M, L], for old, new and reference alike.
 
-    The last completion token is never fed, and only completion positions reach the head, in chunks,
-    so logits [M, C, V] never exist at once for a large V.
+    The last completion token is never fed, and only completion positions reach the head, in chunks.
     """
     num_prompt, num_completion = prompt_tokens.shape[1], completion_tokens.shape[1]
     tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
@@ -171,37 +167,43 @@ def completion_scores(
     tail = prompt_mask.new_ones(len(tokens), num_completion - 1)
     mask = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, tail], dim=1)
 
-    flat_tokens = rearrange(completion_tokens, "m c -> 1 (m c)")
+    def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
+        def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+            scores = score_logits(logits, taken, kept, temperature)
+            return scores.logprobs, scores.entropy
 
-    def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
-        hidden = rearrange(hidden[:, num_prompt - 1 :], "m c e -> 1 (m c) e")
-        hiddens = torch.split(hidden, CHUNK_POSITIONS, dim=1)
-        taken = torch.split(flat_tokens, CHUNK_POSITIONS, dim=1)
-        kept: Iterable[Tensor | None] = repeat(None, len(taken))
-        if support is not None:
-            flat_support = rearrange(support, "m c s -> 1 (m c) s")
-            kept = torch.split(flat_support, CHUNK_POSITIONS, dim=1)
-        is_large = completion_tokens.numel() * len(head_weight) > KEPT_ELEMENTS
-        score = _checkpointed if support is None and is_large else _score_chunk
-        pieces = [
-            score(chunk, head_weight, tokens, ids, temperature)
-            for chunk, tokens, ids in zip(hiddens, taken, kept, strict=True)
-        ]
-        joined = (torch.cat(columns, dim=1) for columns in zip(*pieces, strict=True))
-        return TokenScores(*(rearrange(x, "1 (m c) -> m c", c=num_completion) for x in joined))
+        completions = hidden[:, num_prompt - 1 :]  # [M, C, E]
+        return in_chunks(score, completions, head_weight, completion_tokens, support)
 
-    scores: TokenScores = model(tokens, mask, None, output)
-    return scores
+    return TokenScores(*model(tokens, mask, None, output))
 
 
-def _score_chunk(
-    hidden: Tensor, head_weight: Tensor, tokens: Tensor, support: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    scores = score_logits(F.linear(hidden, head_weight), tokens, support, temperature)
-    return scores.logprobs, scores.entropy
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    hidden: Tensor,
+    head_weight: Tensor,
+    *columns: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """function(logits [M, c, V], *columns [M, c, ...]) -> tensors [M, c], over all C positions.
 
+    Beyond CHUNK_ELEMENTS logits [M, C, V] never exist: c positions of hidden [M, C, E] at a time
+    reach the head, and again in the backward pass, which keeps no logits either.
+    """
 
-def _checkpointed(*inputs: Tensor | float | None) -> tuple[Tensor, Tensor]:
-    """`_score_chunk`, made again in the backward pass; a gather keeps ids, a softmax all of V."""
-    scores: tuple[Tensor, Tensor] = checkpoint(_score_chunk, *inputs, use_reentrant=False)
-    return scores
+    def piece(part: Tensor, weight: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        return function(F.linear(part, weight), *parts)
+
+    step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
+    if step >= hidden.shape[1]:
+        return piece(hidden, head_weight, *columns)
+    pieces = [
+        checkpoint(
+            piece,
+            hidden[:, i : i + step],
+            head_weight,
+            *(None if column is None else column[:, i : i + step] for column in columns),
+            use_reentrant=False,
+        )
+        for i in range(0, hidden.shape[1], step)
+    ]
+    return tuple(torch.cat(column, dim=1) for column in zip(*pieces, strict=True))

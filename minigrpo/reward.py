@@ -15,6 +15,9 @@ validity      10 (share of the T+1 states within both bounds) - 5               
 So valid text has more than 10, and malformed text has 0 in every component. The baseline cancels in
 the advantages of an all-valid group; in a mixed group it is the margin of valid over malformed.
 
+The 10 of `terminal` is `terminal_rate`, which --adaptive-terminal sets to 1 / (final error of the
+last rollouts): the term then resolves errors of the size that the policy makes.
+
 Punishment: -cost / 10, + 50 for d_T < 0.05 or 25 for d_T < 0.1, -10 for each violation, uncapped;
 malformed text has -10. Unbounded and stepped, it pays for breaking the format: without any control
 88 % of the starts are below -10.
@@ -35,12 +38,13 @@ from minigrpo.shapes import check_shapes
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """The largest size of each component of the progress reward."""
+    """The largest size of each component of the progress reward, and the terminal one's rate."""
 
     baseline: float = 50.0
     progress: float = 30.0
     proximity: float = 15.0
     terminal: float = 25.0
+    terminal_rate: float = 10.0  # per unit of final error; not a size
     efficiency: float = 10.0
     smoothness: float = 8.0
     lqr: float = 15.0
@@ -112,7 +116,7 @@ def progress_rewards(
         "baseline": torch.full_like(final, weights.baseline),
         "progress": weights.progress * progress,
         "proximity": weights.proximity * torch.exp(-2 * distances.mean(dim=1)),
-        "terminal": weights.terminal * torch.exp(-10 * final),
+        "terminal": weights.terminal * torch.exp(-weights.terminal_rate * final),
         "efficiency": weights.efficiency * torch.exp(-controls.abs().mean(dim=1)),
         "smoothness": weights.smoothness * torch.exp(-2 * mean_change),
         "lqr": -weights.lqr * torch.tanh(trajectory_cost(trajectories, cost).double() / 200),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minigrpo.config import GRPOConfig
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
-from minigrpo.distributed import gather_rows, sum_over_ranks
+from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
 from minigrpo.grpo import (
     AdvantageStd,
@@ -28,6 +28,7 @@ from minigrpo.grpo import (
     variate_advantages,
     variate_products,
 )
+from minigrpo.lora import adapters_off
 from minigrpo.lqr import continued_by_lqr
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, controls_before_tokens, parse_controls
@@ -187,14 +188,24 @@ def make_rollout(
     old = ref = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        experience = act(
-            model, prompts, config.group_size, task, acting, uniforms, reward, config.rows_per_batch
-        )
-        sampled, completions = time.perf_counter(), experience.completions
-        if config.num_epochs * config.num_minibatches > 1:
-            old = score_rows(model, tokens, mask, completions, config.temperature, micro)
+        with gathered(model):
+            experience = act(
+                model,
+                prompts,
+                config.group_size,
+                task,
+                acting,
+                uniforms,
+                reward,
+                config.rows_per_batch,
+            )
+            sampled, completions = time.perf_counter(), experience.completions
+            if config.num_epochs * config.num_minibatches > 1:
+                old = score_rows(model, tokens, mask, completions, config.temperature, micro)
         if reference is not None:
-            ref = score_rows(reference, tokens, mask, completions, config.temperature, micro)
+            # It may be the trained model itself.
+            with gathered(reference), adapters_off(reference):
+                ref = score_rows(reference, tokens, mask, completions, config.temperature, micro)
     total = experience.rewards.total
     everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])
     std = cast(AdvantageStd, config.advantage_std)

@@ -259,6 +259,11 @@ class RunFolder:
                 self._scalar, close = writer.add_scalar, writer.close
                 self._close.append(close)
 
+    def history(self) -> list[dict[str, float]]:
+        """The metrics of the finished steps, step 0 first: what a schedule may look back on."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one of the console for a step."""
         if rank() != 0:

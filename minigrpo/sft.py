@@ -14,12 +14,18 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch
-from minigrpo.distributed import gradient_norm, reduce_gradients, scale_gradient, sum_over_ranks
-from minigrpo.policy import tempered
+from minigrpo.distributed import (
+    backward,
+    gradient_norm,
+    max_over_ranks,
+    reduce_gradients,
+    scale_gradient,
+    sum_over_ranks,
+)
+from minigrpo.policy import in_chunks, tempered
 from minigrpo.transformer import Transformer
 
 
@@ -49,17 +55,23 @@ def sft_loss(model: Transformer, batch: SFTBatch, smoothing: Tensor | None) -> T
     predicts = batch.completion_mask[:, 1:]  # [B, K - 1], position k predicts token k + 1
 
     def output(hidden: Tensor, head_weight: Tensor) -> Tensor:
-        logits = tempered(F.linear(hidden[predicts], head_weight), 1.0)  # [labelled, V]
-        targets = batch.tokens[:, 1:][predicts]
-        if smoothing is None:
-            return F.cross_entropy(logits, targets, reduction="sum")
-        # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.
-        expected = (hidden[predicts] * (smoothing @ head_weight)[targets]).sum()
-        return torch.logsumexp(logits, dim=-1).sum() - expected
+        labelled = rearrange(hidden[predicts], "n e -> 1 n e")
+        targets = rearrange(batch.labels[:, 1:][predicts], "n -> 1 n")
+        norm, chosen = in_chunks(_norm_and_logit, labelled, head_weight, targets)
+        if smoothing is not None:
+            # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.
+            chosen = (labelled * (smoothing @ head_weight)[targets]).sum(dim=-1)
+        return (norm - chosen).sum()
 
     # Right padding needs no mask: no real token comes after it.
     total: Tensor = model(batch.tokens[:, :-1], None, None, output)
     return total
+
+
+def _norm_and_logit(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum_j exp z_j and z_target, both [1, n], of logits [1, n, V]."""
+    z = tempered(logits, 1.0)
+    return torch.logsumexp(z, dim=-1), z.gather(-1, rearrange(targets, "o n -> o n 1")).squeeze(-1)
 
 
 def supervised_step(
@@ -80,11 +92,13 @@ def supervised_step(
     device = batch.tokens.device
     num_labelled = sum_over_ranks(batch.completion_mask.sum().double())
     total = torch.zeros((), dtype=torch.float64, device=device)
-    rows = torch.arange(len(batch.tokens), device=device)
-    for chosen in torch.split(rows, config.micro_batch_size):
+    rows, size = torch.arange(len(batch.tokens), device=device), config.micro_batch_size
+    num_micro = max_over_ranks(math.ceil(len(rows) / size))  # shards are gathered in each
+    for i in range(num_micro):
+        chosen = rows[i * size : (i + 1) * size]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = sft_loss(model, batch.rows(chosen), smoothing)
-        torch.autograd.backward(loss / num_labelled)
+        backward(model, loss / num_labelled)
         total += loss.detach()
     reduce_gradients(model)
     norm = gradient_norm(model)

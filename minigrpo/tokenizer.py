@@ -54,8 +54,11 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hugging Face folder, never its code; ValueError: none, or no EOS."""
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face folder, never its code.
+
+    ValueError: none, no EOS, or more tokens than the model beside it has rows.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -68,6 +71,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{folder} must hold a fast tokenizer, found {type(tokenizer).__name__}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer must have an end-of-sequence token, found none")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{folder}: tokens must be at most the model's {vocab_size}, got {len(tokenizer)}"
+        )
     return tokenizer
 
 

@@ -45,7 +45,7 @@ INERT_KEYS = {
     "max_window_layers", "output_attentions", "output_hidden_states", "return_dict",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder",
     "_name_or_path", "pretraining_tp", "is_llama_config", "transformers.js_config",
-    "attention_dropout",
+    "attention_dropout", "unk_token_id", "_model_name_or_path",
 }  # fmt: skip
 # Keys that would change the forward, and the one value of each that does not.
 FIXED_KEYS: dict[str, object] = {
@@ -442,6 +442,9 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def num_trained(self) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
 
 def logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """The plain `output`: [B, Q, E] x [V, E] -> [B, Q, V]."""
@@ -529,19 +532,24 @@ def find_pretrained(name: str) -> Path:
         ) from error
 
 
+def load_shape(folder: Path) -> TransformerConfig:
+    """What config.json says; ValueError: there is none, or it describes another architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
+    try:
+        return TransformerConfig.from_json(_typed(dict, json.loads(path.read_text())))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load_transformer(folder: Path) -> Transformer:
     """Read a Hugging Face folder: config.json and safetensors (one file or an index), as float32.
 
     ValueError: not such a folder, another architecture, missing, surplus or misshapen weights,
     pickled weights only. Nothing in the folder is executed.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
-    try:
-        config = TransformerConfig.from_json(_typed(dict, json.loads(path.read_text())))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = load_shape(folder)
     tensors = _own_tensors(_read_safetensors(folder), config, folder)
     with torch.device("meta"):  # no time spent on initial values that are replaced right away
         model = Transformer(config)
@@ -617,54 +625,50 @@ PLAIN_NAMES = {
 }
 BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
-    "attention.out.weight": "self_attn.o_proj.weight",
     "attention.q_norm.weight": "self_attn.q_norm.weight",
     "attention.k_norm.weight": "self_attn.k_norm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",
-    "mlp.down.weight": "mlp.down_proj.weight",
 }
 
 
-def _fused_parts(name: str, config: TransformerConfig) -> tuple[list[str], list[int]] | None:
-    """Hugging Face names and row counts of a fused parameter, or None if it is not one."""
-    kind = name.rpartition(".")[2]
-    if name.startswith("attention.qkv."):
-        q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        return [f"self_attn.{part}_proj.{kind}" for part in "qkv"], [q, kv, kv]
-    if name.startswith("mlp.gate_up."):
-        return [f"mlp.{part}_proj.{kind}" for part in ("gate", "up")], [config.mlp_width] * 2
-    return None
+def linear_parts(config: TransformerConfig) -> dict[str, dict[str, int]]:
+    """A block's linear layers: of each the modules of transformers in it, with their rows."""
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    return {
+        "attention.qkv": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+        "attention.out": {"self_attn.o_proj": config.width},
+        "mlp.gate_up": {"mlp.gate_proj": config.mlp_width, "mlp.up_proj": config.mlp_width},
+        "mlp.down": {"mlp.down_proj": config.width},
+    }
 
 
 def to_hugging_face(
     state: dict[str, Tensor], config: TransformerConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under transformers' names, fused ones split."""
-    for name, value in state.items():
-        if name in PLAIN_NAMES:
-            yield PLAIN_NAMES[name], value.contiguous()
+    for path, value in state.items():
+        if path in PLAIN_NAMES:
+            yield PLAIN_NAMES[path], value.contiguous()
             continue
-        _, layer, rest = name.split(".", 2)
-        parts = _fused_parts(rest, config)
-        names, sizes = ([BLOCK_NAMES[rest]], [value.shape[0]]) if parts is None else parts
-        for part, piece in zip(names, torch.split(value, sizes), strict=True):
-            yield f"model.layers.{layer}.{part}", piece.clone().contiguous()
+        _, layer, rest = path.split(".", 2)
+        module, _, kind = rest.rpartition(".")
+        parts = linear_parts(config).get(module, {})
+        sizes = list(parts.values()) or [len(value)]
+        names = [f"{part}.{kind}" for part in parts] or [BLOCK_NAMES[rest]]
+        for name, piece in zip(names, torch.split(value, sizes), strict=True):
+            yield f"model.layers.{layer}.{name}", piece.clone().contiguous()
 
 
 def from_hugging_face(tensors: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """The inverse: transformers' names to ours, q, k, v and gate, up joined."""
     state = {ours: tensors[theirs] for ours, theirs in PLAIN_NAMES.items() if theirs in tensors}
-    kinds = [*BLOCK_NAMES, "attention.qkv.weight", "attention.qkv.bias", "mlp.gate_up.weight"]
+    rest = {ours: [theirs] for ours, theirs in BLOCK_NAMES.items()}
+    for module, parts in linear_parts(config).items():
+        for kind in ("weight", "bias"):
+            rest[f"{module}.{kind}"] = [f"{part}.{kind}" for part in parts]
     for layer in range(config.num_layers):
-        for rest in kinds:
-            parts = _fused_parts(rest, config)
-            names = [
-                f"model.layers.{layer}.{n}" for n in (parts[0] if parts else [BLOCK_NAMES[rest]])
-            ]
+        for ours, theirs in rest.items():
+            names = [f"model.layers.{layer}.{name}" for name in theirs]
             if names[0] in tensors:
-                state[f"blocks.{layer}.{rest}"] = torch.cat([tensors[name] for name in names])
+                state[f"blocks.{layer}.{ours}"] = torch.cat([tensors[name] for name in names])
     return state
-
-
-def shape_record(config: TransformerConfig) -> dict[str, object]:
-    return asdict(config)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minigrpo.config import GRPOConfig
 from minigrpo.distributed import (
+    backward,
     gather_rows,
     gradient_norm,
     max_over_ranks,
@@ -145,7 +146,7 @@ def accumulate_gradient(
             config.kl_beta,
             aggregation,
         )
-        torch.autograd.backward(loss)
+        backward(model, loss)
         parts.append(metrics)
         entropy += scores.entropy[mask].sum()
         # None: this is the only optimizer step, and the log-probs of now are the old ones.

@@ -52,7 +52,7 @@ launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this jo
     rm -f "$RUN_DIR/STOP.$SLURM_JOB_ID".* "$RUN_DIR/STATUS" # a stale one would lie
     echo "job $id, restart ${SLURM_RESTART_COUNT:-0}: ${nodes[*]}, $nproc rank(s) each, in $RUN_DIR"
 
-    # shellcheck disable=SC2329 # the traps call it
+    # shellcheck disable=SC2317,SC2329 # the traps call it
     on_stop() {
         again=1 asked=$1
         : > "$STOP_FILE"

@@ -25,9 +25,10 @@
 # knows ended jobs for an hour, and $LOCAL_SLURM_DIR/jobcomp.log has a line for each.
 #
 # Times differ from a real cluster's where that makes tests shorter: a requeued job starts again
-# after about 10 s (ordinarily 2 min), and what outlives SIGTERM gets SIGKILL after 5 s
-# (ordinarily 30 s). Time limits are whole minutes, as everywhere, and --signal can come up to a
-# minute early; for a quick test send the signal yourself: scancel --batch --signal=USR1 JOBID.
+# after about 10 s (ordinarily 2 min). What outlives SIGTERM gets SIGKILL after 30 s, as ordinarily:
+# with less, a slow machine kills a script that would wrongly requeue. Time limits are whole
+# minutes, as everywhere, and --signal can come up to a minute early; for a quick test send the
+# signal yourself: scancel --batch --signal=USR1 JOBID.
 # "sbatch --wait" looks at its job ever more rarely (2, 8, 32 s): "local_slurm.sh wait" is quicker.
 #
 # Needs root: it installs packages and, while it is up, has the node names in /etc/hosts.
@@ -226,7 +227,7 @@ ReturnToService=2
 # quick turns: schedule at once, end what ignores SIGTERM soon, keep ended jobs in view
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,bf_continue
-KillWait=5
+KillWait=30
 MinJobAge=3600
 InactiveLimit=0
 CompleteWait=0

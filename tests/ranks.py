@@ -34,7 +34,7 @@ def start_ranks(
     *arguments: object,
     results: Path | None = None,
     errors: Path | None = None,
-    seconds: float = 150,
+    seconds: float = 400,
 ) -> list[int | None]:
     """The exit codes of all ranks; one that is still there after that time is killed: -9.
 
@@ -77,7 +77,7 @@ def _rank(
     if errors is not None:  # capfd cannot see it: the server was started in another test
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     warnings.simplefilter("error")
-    faulthandler.dump_traceback_later(100)  # a hanging collective shows where
+    faulthandler.dump_traceback_later(300)  # a hanging collective shows where
     torch.set_num_threads(1)
     if world_size > 1:
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}

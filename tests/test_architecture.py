@@ -18,6 +18,8 @@ EDGES = {
     "plots": "",
     "double_integrator": "shapes",
     "policy": "shapes transformer",
+    "lora": "distributed transformer",
+    "memory": "config distributed transformer policy",
     "runs": "distributed",
     "lqr": "shapes double_integrator",
     "prompts": "shapes double_integrator",
@@ -26,13 +28,14 @@ EDGES = {
     "tokenizer": "double_integrator prompts",
     "data": "shapes double_integrator lqr prompts tokenizer",
     "sft": "config distributed transformer policy data",
-    "rollout": "config shapes distributed transformer grpo double_integrator policy lqr prompts "
-    "sampling reward tokenizer data",
-    "evaluation": "shapes transformer double_integrator policy lqr prompts reward data rollout",
+    "rollout": "config shapes distributed transformer grpo double_integrator policy lora lqr "
+    "prompts sampling reward tokenizer data",
+    "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
+    "rollout",
     "update": "config distributed transformer grpo policy rollout",
     "gradient_signal": "config distributed transformer rollout update",
-    "checkpoint": "config distributed transformer double_integrator runs lqr prompts tokenizer "
-    "data rollout",
+    "checkpoint": "config distributed transformer double_integrator lora runs lqr prompts "
+    "tokenizer data rollout",
 }
 
 # Other people's packages have few doors; empty is any module. numpy is for scipy, plots and keys.

@@ -240,6 +240,22 @@ def test_the_latest_checkpoint_is_the_highest_complete_one(tmp_path: Path) -> No
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
 
+def test_a_kill_while_pruning_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, *make_model())
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", kill)
+        prune_checkpoints(tmp_path, 2)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000001.tmp", "step-000002", "step-000003"]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     model, optimizer = make_model()
     train(model, optimizer, range(1))

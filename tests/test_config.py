@@ -97,6 +97,9 @@ def test_the_table_shows_value_and_source() -> None:
         (["--overwrite", "--no-tensorboard"], {"overwrite": True, "tensorboard": False}),
         (["--learning-rate", "1e-5", "--steps", "7"], {"learning_rate": 1e-5, "steps": 7}),
         (["--save-dir", "a b"], {"save_dir": "a b"}),
+        (["--resume", "--steps", "7"], {"resume": True, "steps": 7}),
+        (["--resume", "auto"], {"resume": True}),
+        (["--resume=auto", "--no-resume"], {"resume": False}),
     ],
 )
 def test_flags_are_what_was_given_and_nothing_else(
@@ -114,6 +117,8 @@ def test_flags_are_what_was_given_and_nothing_else(
         (["--steps", "1e3"], "argument --steps: invalid int value"),
         (["--aggregation", "mean"], "argument --aggregation: invalid choice"),
         (["stray"], "unrecognized arguments: stray"),
+        (["--resume", "step-000100"], "argument --resume/--no-resume: invalid choice"),
+        (["--overwrite", "auto"], "unrecognized arguments: auto"),
     ],
 )
 def test_a_flag_that_is_unknown_abbreviated_or_no_number_ends_with_status_2(

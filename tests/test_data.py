@@ -1,6 +1,7 @@
 """Splits, streams and keys of randomness; which tokens supervised training learns."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,18 @@ def test_steps_and_seeds_draw_fresh_starts_and_the_stream_repeats():
     assert places.tolist() == list(range(20))  # no key of randomness is used twice
 
 
+def test_a_curriculum_draws_from_the_middle_of_the_square():
+    starts = SPLIT.training
+    for reach in (0.25, 0.6):
+        drawn, places = training_starts(starts, 3, 5, 997, reach)
+        size = drawn.abs().amax(dim=1)
+        assert 0.97 * reach * 0.8 < float(size.max()) <= reach * 0.8 + 1e-9
+        assert places.tolist() == list(range(5 * 997, 6 * 997))
+    whole, _ = training_starts(starts, 3, 5, 997)
+    assert torch.equal(whole, training_starts(starts, 3, 5, 997, 1.0)[0])
+    assert float(whole.abs().max()) > 0.79
+
+
 def test_uniforms_of_a_prompt_do_not_depend_on_the_other_prompts():
     places = torch.tensor([40, 7, 12, 3])
     whole = token_uniforms(0, places, 3, 11)
@@ -200,9 +213,49 @@ def test_a_demonstration_has_seen_the_effect_of_its_own_rounding():
             assert abs(float(again) - float(words[k])) < 1e-9
 
 
+def test_a_disturbed_demonstration_is_labelled_with_what_lqr_wants_where_the_noise_led():
+    starts, size = SPLIT.training[:11], (11, PLANT.horizon)
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    batch = demonstrations(starts, TASK, noise)
+    for n in range(11):
+        learned = batch.completion_mask[n]
+        written, wanted = (
+            [float(word) for word in TASK.tokenizer.decode(ids[learned][:-1]).split()]
+            for ids in (batch.tokens[n], batch.labels[n])
+        )
+        assert batch.labels[n][learned][-1] == TASK.tokenizer.eos_token_id
+        assert torch.equal(batch.labels[n][~learned], batch.tokens[n][~learned])
+        flown = PLANT.simulate(starts[n : n + 1], torch.tensor([written]).double()).states[0]
+        for k in range(PLANT.horizon):
+            expert = float(lqr_controls(flown[k : k + 1], PLANT, COST, decimals=2)[0, 0])
+            assert abs(expert - wanted[k]) < 1e-9
+            assert abs(min(3.0, max(-3.0, wanted[k] + float(noise[n, k]))) - written[k]) < 0.00501
+    assert (batch.tokens != batch.labels).sum() > 0.8 * noise.numel()
+
+
+def test_without_noise_labels_are_the_tokens_and_words_cannot_be_disturbed(monkeypatch):
+    batch = demonstrations(SPLIT.training[:3], TASK)
+    assert torch.equal(batch.tokens, batch.labels)
+    words = replace(TASK, codec=Codec(style="words", decimals=3))
+    with pytest.raises(ValueError, match="noise needs the codec style numbers, got words"):
+        demonstrations(SPLIT.training[:3], words, torch.zeros(3, PLANT.horizon))
+
+
+def test_disturbances_are_gaussian_with_a_uniform_size_for_each_row():
+    noise = data.disturbances(2003, 401, 0.5, seed=7)
+    sizes = noise.std(dim=1)  # of 401 draws: within 10 %
+    assert torch.equal(noise, data.disturbances(2003, 401, 0.5, seed=7))
+    assert not torch.equal(noise, data.disturbances(2003, 401, 0.5, seed=8))
+    assert abs(float(noise.mean())) < 0.002
+    for share in (0.1, 0.5, 0.9):  # of a uniform: within 4 standard errors
+        assert abs(float((sizes < 0.5 * share).double().mean()) - share) < 0.045
+    scaled = noise / sizes.view(-1, 1)
+    assert abs(float(scaled.pow(4).mean()) - 3) < 0.1  # a normal's kurtosis
+
+
 def test_rows_picks_the_same_rows_of_every_tensor(monkeypatch):
     batch = demonstrations(SPLIT.training[:7], words_task(monkeypatch))
     chosen = torch.tensor([4, 0, 4])
     picked = batch.rows(chosen).to(torch.device("cpu"))
-    for name in ("tokens", "mask", "completion_mask"):
+    for name in ("tokens", "labels", "mask", "completion_mask"):
         assert torch.equal(getattr(picked, name), getattr(batch, name)[chosen])

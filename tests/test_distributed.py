@@ -4,9 +4,12 @@ Processes are real and talk over gloo. The gradients are compared in float64, wh
 of additions differs; whole runs are float32.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, start_ranks
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+import evaluate
 import train_grpo
 import train_sft
 from minigrpo import distributed
@@ -26,19 +32,23 @@ from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
     any_rank,
-    barrier,
+    check_equal_weights,
     gather_rows,
+    gathered,
     gradient_norm,
     max_over_ranks,
+    place_model,
     process_group,
     rank,
     reduce_gradients,
     scale_gradient,
     sum_over_ranks,
+    whole,
     world_size,
 )
 from minigrpo.optim import adamw
 from minigrpo.rollout import Rollout
+from minigrpo.runs import run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import update_policy
@@ -70,7 +80,6 @@ def agreements() -> dict[str, object]:
         me = rank()
         counted = torch.tensor([1.0, 10.0**me])
         mine = [torch.full((me,), float(i)) for i in range(2 - me % 2)]
-        barrier()
         return {
             "sum": sum_over_ranks(counted).tolist(),
             "kept": counted.tolist(),
@@ -161,16 +170,18 @@ def make_rollout(places: Tensor) -> Rollout:
     )
 
 
-def grpo_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
+def grpo_gradients(variants: list[GRPOConfig], nodes: int = 1) -> dict[str, object]:
     """The gradient of every optimizer step at the first weights, and what two updates then do."""
     found: dict[str, object] = {}
-    with process_group("cpu"):
+    with process_group("cpu") as device:
+        os.environ["LOCAL_WORLD_SIZE"] = str(world_size() // nodes)
         for i, config in enumerate(variants):
             rollout, model = make_rollout(torch.arange(rank(), PROMPTS, world_size())), make_model()
+            place_model(model, model.blocks, device, config.parallel)
             frozen, seen = torch.optim.SGD(model.parameters()), []
 
             def record(*_: object, model: Transformer = model, seen: list[Tensor] = seen) -> None:
-                parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+                parts = [whole(p.grad).flatten() for p in model.parameters() if p.grad is not None]
                 seen.append(torch.cat(parts))
 
             frozen.register_step_pre_hook(record)
@@ -182,7 +193,7 @@ def grpo_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
             for step in range(2):
                 update = update_policy(model, optimizer, rollout, config, step, 1e-2, LENGTH)
                 found[f"metrics {i} {step}"] = torch.tensor([*update.metrics.values()]).double()
-            weights = [parameter.detach().flatten() for parameter in model.parameters()]
+            weights = [whole(parameter.detach()).flatten() for parameter in model.parameters()]
             found[f"weights {i}"] = torch.cat(weights)
     return found
 
@@ -212,6 +223,60 @@ def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:
     for world in (2, 3):
         for got in run_ranks(world, grpo_gradients, variants):
             assert_close(got, alone, 1e-6)
+    (alone,) = run_ranks(1, grpo_gradients, variants[-1:])
+    sharded = [replace(variants[-1], parallel="fsdp")]  # the rank with more rows decides how often
+    for world, nodes in ((3, 1), (4, 2)):  # 8 rows do not divide by 3
+        for got in run_ranks(world, grpo_gradients, sharded, nodes):
+            assert_close(got, alone, 1e-6)
+
+
+def copies_that_part() -> list[str]:
+    """What the check says of equal copies, and after the last rank's third weight moved a bit."""
+    said = []
+    with process_group("cpu"):
+        model = make_model().float()
+        name, weight = list(model.named_parameters())[2]
+        for nudge in (0, 1):
+            if rank() == world_size() - 1:
+                weight.data.view(torch.int32).flatten()[0] += nudge
+            try:
+                check_equal_weights(model)
+                said.append("equal")
+            except RuntimeError as error:
+                said.append(str(error).replace(name, "it"))
+    return said
+
+
+def test_copies_of_the_weights_that_differ_by_a_bit_are_an_error_on_every_rank() -> None:
+    assert run_ranks(1, copies_that_part) == [["equal", "equal"]]
+    found = zip(run_ranks(3, copies_that_part), ("0 and 2", "1 and 2", "2 and 0"), strict=True)
+    for said, pair in found:
+        assert said == ["equal", f"it differs between ranks {pair}"]
+
+
+def held_numbers() -> list[int]:
+    """How many numbers of the model this rank holds: at first, while sampling, afterwards."""
+    with process_group("cpu") as device:
+        model = make_model()
+        place_model(model, model.blocks, device, "fsdp")
+
+        def count() -> int:
+            local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+            return sum(parameter.numel() for parameter in local)
+
+        counts = [count()]
+        with gathered(model):
+            counts.append(count())
+        return [*counts, count()]
+
+
+def test_a_sharded_model_is_whole_only_while_sampling() -> None:
+    full = make_model().num_parameters()
+    assert run_ranks(1, held_numbers) == [[full] * 3]  # nobody to share with
+    held = run_ranks(2, held_numbers)
+    assert [counts[1] for counts in held] == [full, full]
+    assert sum(counts[0] for counts in held) == full and max(held)[0] < 0.6 * full
+    assert [counts[2] for counts in held] == [counts[0] for counts in held]
 
 
 def supervised_steps(config: SFTConfig) -> dict[str, object]:
@@ -220,17 +285,18 @@ def supervised_steps(config: SFTConfig) -> dict[str, object]:
     tokens = torch.randint(VOCAB, (11, LENGTH), generator=generator)
     places = torch.arange(LENGTH).expand(11, LENGTH)
     ends = torch.randint(3, LENGTH + 1, (11, 1), generator=generator)
-    data = SFTBatch(tokens, places < ends, (places >= 2) & (places < ends))
+    data = SFTBatch(tokens, tokens, places < ends, (places >= 2) & (places < ends))
     smoothing = smoothing_matrix(torch.arange(VOCAB).double(), 1.5)
     found: dict[str, object] = {}
-    with process_group("cpu"):
+    with process_group("cpu") as device:
         model = make_model()
+        place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
         for step, rows in enumerate((range(5), range(5, 9), range(9, 11))):
             batch = data.rows(torch.tensor(rows[rank() :: world_size()], dtype=torch.int64))
             metrics = supervised_step(model, optimizer, batch, smoothing, config, 1e-2)
             found[f"metrics {step}"] = torch.tensor([*metrics.values()]).double()
-        found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found["weights"] = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
     return found
 
 
@@ -238,8 +304,9 @@ def test_a_supervised_step_is_the_same_on_any_number_of_ranks() -> None:
     config = SFTConfig(micro_batch_size=2)
     alone = run_ranks(1, supervised_steps, config)[0]
     for world in (2, 3):
-        for got in run_ranks(world, supervised_steps, config):
-            assert_close(got, alone, 1e-6)
+        for parallel in ("ddp", "fsdp"):
+            for got in run_ranks(world, supervised_steps, replace(config, parallel=parallel)):
+                assert_close(got, alone, 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -283,28 +350,72 @@ def assert_same_logs(got: list[dict[str, float]], expected: list[dict[str, float
         assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
-def test_a_grpo_run_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
-    flags = [*GRPO_FLAGS, "--init", str(supervised)]
+@pytest.mark.parametrize(
+    ("ways", "more"),
+    [
+        (((2, "ddp"), (3, "ddp"), (2, "fsdp")), []),
+        (((2, "fsdp"),), ["--lora-rank", "3", "--lora-targets", "q_proj,up_proj,down_proj"]),
+    ],
+)
+def test_a_grpo_run_is_the_same_on_any_number_of_ranks(
+    ways: tuple[tuple[int, str], ...], more: list[str], supervised: Path, tmp_path: Path
+) -> None:
+    """Sharded too: ranks then sample different numbers of tokens with gathered parameters."""
     found, logs = {}, {}
-    for world in (1, 2, 3):
-        folder = tmp_path / str(world)
+    for way in ((1, "ddp"), *ways):
+        world, parallel = way
+        folder = tmp_path / parallel / str(world)
+        flags = [*GRPO_FLAGS, *more, "--init", str(supervised), "--parallel", parallel]
         texts = run_ranks(world, completions_of_run, [*flags, "--save-dir", str(folder)])
-        found[world] = {place: group for share in texts for place, group in share.items()}
+        found[way] = {place: group for share in texts for place, group in share.items()}
         assert [len(share) for share in texts] == [3 * 6 // world] * world
-        logs[world] = logged(folder)
-    assert len(found[1]) == 3 * 6 and [line["step"] for line in logs[1]] == [0, 1, 2, 3]
-    assert len({text for group in found[1].values() for text in group}) > 20
-    assert 0 < logs[1][1]["rollout/frac_valid"]
-    for world in (2, 3):
-        assert found[world] == found[1]
-        assert_same_logs(logs[world], logs[1])
+        logs[way] = logged(folder)
+    alone, log = found.pop((1, "ddp")), logs.pop((1, "ddp"))
+    assert len(alone) == 3 * 6 and [line["step"] for line in log] == [0, 1, 2, 3]
+    assert len({text for group in alone.values() for text in group}) > 20
+    assert 0 < log[1]["rollout/frac_valid"]
+    for way in found:
+        assert found[way] == alone
+        assert_same_logs(logs[way], log)
+    ended = Path("checkpoints/step-000003/trainer.safetensors")
+    got, wanted = load_file(folder / ended), load_file(tmp_path / "ddp" / "1" / ended)
+    assert got.keys() == wanted.keys()  # whole, adapters too if there are any
+    assert any(name.startswith("adapter.") for name in got) == bool(more)
+    for name, value in wanted.items():
+        assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-5), name
 
 
 def test_a_supervised_run_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
     """5 rows a step, 2 in a micro-batch: 3 ranks have 2, 2 and 1 of them."""
+    for world, parallel in ((1, "ddp"), (2, "ddp"), (3, "ddp"), (3, "fsdp")):
+        folder = tmp_path / parallel / str(world)
+        flags = [*SFT_FLAGS, "--parallel", parallel, "--save-dir", str(folder)]
+        run_ranks(world, train_sft.main, flags)
+        assert_same_logs(logged(folder), logged(tmp_path / "ddp" / "1"))
+
+
+def evaluation_of_run(flags: list[str]) -> str:
+    """What this rank prints; pictures, which take seconds, are left out."""
+    evaluate.draw_plots = lambda *_: None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.main(flags)
+    return printed.getvalue()
+
+
+def test_an_evaluation_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
+    """Three ranks have 3, 2 and 2 of the seven plans, and of two MPC starts one each and none."""
+    flags = ["--model-path", str(supervised), "--num-cases", "7", "--mpc-cases", "2"]
+    reports = {}
     for world in (1, 2, 3):
-        run_ranks(world, train_sft.main, [*SFT_FLAGS, "--save-dir", str(tmp_path / str(world))])
-        assert_same_logs(logged(tmp_path / str(world)), logged(tmp_path / "1"))
+        folder = tmp_path / str(world)
+        own = [*flags, "--device", "cpu", "--save-dir", str(folder)]
+        printed = run_ranks(world, evaluation_of_run, own)
+        assert "evaluation.json" in printed[0] and printed[1:] == [""] * (world - 1)
+        assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "evaluation.json"]
+        report = json.loads((folder / "evaluation.json").read_text())
+        assert report.pop("config")["save_dir"] == str(folder)
+        reports[world] = report, (folder / "cases.csv").read_text()
+    assert reports[2] == reports[1] and reports[3] == reports[1]
 
 
 def waits_for_a_rank_that_hangs() -> None:
@@ -320,30 +431,43 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout() -> None:
     assert all(code is not None and code > 0 for code in exits)  # by itself, and not well
 
 
-RAISES = """
-from minigrpo.distributed import any_rank, process_group, rank
-from minigrpo.runs import run_command
+def test_kill_9_of_one_rank_ends_the_job_and_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    """By the connection that closes, long before the timeout of half an hour."""
+    folder = tmp_path / "run"
+    flags = [*SFT_FLAGS, "--save-every", "2", "--resume", "--save-dir", str(folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", str(ROOT / "train_sft.py"), *flags]
+    command += ["--steps", "1000000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
+        while not list((folder / "checkpoints").glob("step-*[0-9]")):
+            assert job.poll() is None
+            time.sleep(0.05)
+        owner = int(json.loads((folder / "LOCK").read_text())["pid"])
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        (other,) = {int(pid) for pid in workers} - {owner}
+        os.kill(other, signal.SIGKILL)
+        errors = job.communicate(timeout=100)[1]
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in errors
+    assert not Path(f"/proc/{owner}").exists()
+    reached = logged(folder)[-1]["step"]
+    run_ranks(1, train_sft.main, [*flags, "--steps", str(reached + 2)])
+    assert [line["step"] for line in logged(folder)] == list(range(reached + 3))
 
-def main():
-    with process_group("cpu"):
-        assert not any_rank(False)
-        if rank() == 1:
-            raise ValueError("the second rank has a mistake in it")
-        any_rank(False)
-        print("not reached")
 
-run_command(main)
-"""
+def raises_on_the_second_rank() -> None:
+    def work() -> None:
+        with process_group("cpu"):
+            assert not any_rank(False)
+            if rank() == 1:
+                raise ValueError("the second rank has a mistake in it")
+            any_rank(False)
+            sys.exit("not reached")
+
+    run_command(work)
 
 
-def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
-    script = tmp_path / "raises.py"
-    script.write_text(RAISES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=60, env=environment
-    )
-    assert done.returncode != 0
-    assert "error on rank 1: the second rank has a mistake in it" in done.stderr
-    assert "not reached" not in done.stdout
+def test_a_rank_that_raises_ends_the_others_without_the_help_of_torchrun(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    assert start_ranks(3, raises_on_the_second_rank, errors=errors) == [1, 2, 1]
+    assert "error on rank 1: the second rank has a mistake in it" in errors.read_text()
+    assert "not reached" not in errors.read_text()

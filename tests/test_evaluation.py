@@ -23,6 +23,7 @@ from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import (
     MODES,
     CaseResults,
+    best_of,
     evaluate_policy,
     lqr_results,
     make_report,
@@ -381,6 +382,22 @@ def test_sampled_controls_depend_on_seed_and_place_alone():
     assert metrics["eval/cost_ratio"] == summarise(greedy, expert)["cost_ratio"]
 
 
+def test_the_best_of_several_tries_is_chosen_start_by_start_with_all_that_belongs_to_it():
+    tries = [
+        results_of([1.0, 9.0, 5.0], error=float64([0.1, 0.2, 0.3]), cost=float64([1, 2, 3])),
+        results_of([4.0, 2.0, 5.0], error=float64([0.4, 0.5, 0.6]), cost=float64([4, 5, 6])),
+    ]
+    chosen = best_of(tries)
+    assert chosen.rewards.total.tolist() == [4.0, 9.0, 5.0]  # of equals the first
+    assert chosen.final_error.tolist() == [0.4, 0.2, 0.3]
+    assert chosen.cost.tolist() == [4.0, 2.0, 3.0]
+    for name, value in chosen.rewards.components.items():
+        columns = [ran.rewards.components[name].tolist() for ran in tries]
+        assert value.tolist() == [columns[1][0], columns[0][1], columns[0][2]]
+    again = best_of(tries[:1])
+    assert all(torch.equal(getattr(again, n), getattr(tries[0], n)) for n in ("states", "controls"))
+
+
 def test_skipped_mpc_is_null_and_changes_no_other_number():
     starts = STARTS[:5]
     expert = lqr_results(starts, SHORT)
@@ -480,15 +497,18 @@ def folders(tmp_path_factory):
 def test_the_script_writes_what_the_issue_asks_for(folders, capsys, tmp_path, monkeypatch):
     flags = ["--model-path", folders["grpo"], "--baseline", folders["sft"], "--device", "cpu"]
     flags += ["--num-cases", "7", "--mpc-cases", "3", "--save-dir", str(tmp_path / "out")]
+    flags += ["--best-of", "2"]
     evaluate.main(flags)
     assert "MPC runs from the first 3 starts" in capsys.readouterr().out
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert list(report["policies"]) == ["lqr", "lqr_rounded", "sft", "grpo"]
     assert (report["num_cases"], report["config"]["num_cases"]) == (7, 7)
     for name, modes in report["policies"].items():
-        assert list(modes) == ["greedy", "sampled", "mpc"]
+        assert list(modes) == ["greedy", "sampled", "best_of", "mpc"]
         ran = [mode for mode, summary in modes.items() if summary is not None]
         assert ran == (["greedy"] if "lqr" in name else list(modes))
+        if "lqr" not in name:
+            assert modes["best_of"]["reward_mean"] >= modes["sampled"]["reward_mean"]
     assert report["policies"]["grpo"]["mpc"]["num_cases"] == 3
     assert report["comparison"]["sampled"]["reward_difference"] == pytest.approx(
         report["policies"]["grpo"]["sampled"]["reward_mean"]
@@ -497,7 +517,7 @@ def test_the_script_writes_what_the_issue_asks_for(folders, capsys, tmp_path, mo
     greedy, sampled = (report["policies"]["grpo"][mode]["frac_valid"] for mode in MODES[:2])
     assert sampled < greedy == 1  # the right number and EOS have 64 % each
     cases = list(csv.DictReader((tmp_path / "out/cases.csv").read_text().splitlines()))
-    assert len(cases) == 7 + 7 + 2 * (7 + 7 + 3)
+    assert len(cases) == 7 + 7 + 2 * (7 + 7 + 7 + 3)
     for name, modes in report["policies"].items():
         for mode, summary in modes.items():
             rows = [row for row in cases if (row["policy"], row["mode"]) == (name, mode)]
@@ -540,7 +560,7 @@ def test_one_model_alone_goes_by_its_stage_on_starts_from_a_file_without_matplot
     assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "evaluation.json"]
     report = json.loads((folder / "evaluation.json").read_text())
     assert list(report["policies"]) == ["lqr", "lqr_rounded", "sft"]
-    assert report["comparison"] == {"greedy": None, "sampled": None, "mpc": None}
+    assert report["comparison"] == dict.fromkeys(MODES)
     cases = csv.reader((folder / "cases.csv").read_text().splitlines())
     assert [[float(x) for x in row[:2]] for row in [*cases][1:4]] == starts
 

@@ -6,7 +6,14 @@ import torch
 from scipy.optimize import lsq_linear
 
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.lqr import QuadraticCost, _riccati_gain, lqr_controls, lqr_gain, trajectory_cost
+from minigrpo.lqr import (
+    QuadraticCost,
+    _riccati_gain,
+    disturbed_lqr_controls,
+    lqr_controls,
+    lqr_gain,
+    trajectory_cost,
+)
 
 PLANT, COST = DoubleIntegrator(), QuadraticCost()
 
@@ -173,6 +180,23 @@ def test_each_control_is_the_feedback_at_the_simulated_state_bit_for_bit(decimal
             feedback = torch.tensor([float(text) for text in texts], dtype=torch.float64)
         assert torch.equal(controls[:, k], feedback.clamp(-3, 3))
     assert torch.equal(trajectories.controls, controls)
+
+
+@pytest.mark.parametrize("decimals", [None, 2])
+def test_the_expert_answers_where_the_noise_led_and_not_where_its_own_control_would_have(decimals):
+    starts = some_starts(29)
+    noise = torch.randn(29, 50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted, applied = disturbed_lqr_controls(starts, PLANT, COST, decimals, noise)
+    states = PLANT.simulate(starts, applied).states
+    for k in range(50):
+        assert torch.equal(wanted[:, k], lqr_controls(states[:, k], PLANT, COST, decimals)[:, 0])
+    moved = wanted + noise
+    moved = moved if decimals is None else moved.round(decimals=decimals)
+    assert torch.equal(applied, moved.clamp(-3, 3))
+    still = disturbed_lqr_controls(starts, PLANT, COST, decimals, None)
+    assert torch.equal(still[0], still[1])
+    with pytest.raises(ValueError, match="noise must have shape"):
+        disturbed_lqr_controls(starts, PLANT, COST, decimals, noise[:, :49])
 
 
 def test_rounding_inside_the_loop_is_nearly_free_and_rounding_the_plan_is_not():

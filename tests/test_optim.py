@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minigrpo.optim import adamw, cosine_learning_rate
+from minigrpo.optim import adamw, cosine_learning_rate, has_converged, linear, plateau_factor
 
 
 class Model(nn.Module):
@@ -120,3 +120,27 @@ def test_schedule_ends_at_its_final_fraction_and_never_updates_at_0_before() -> 
 def test_schedule_without_steps_after_the_warm_up_is_defined() -> None:
     assert [cosine_learning_rate(step, 2, 1.0, 2) for step in range(3)] == [0.5, 1.0, 1.0]
     assert cosine_learning_rate(0, 1, 1.0, 0) == 1.0
+
+
+def test_a_line_goes_from_end_to_end_and_stays_there() -> None:
+    values = [linear(step, 4, 2.0, 1.0) for step in range(7)]
+    assert values == [2.0, 1.75, 1.5, 1.25, 1.0, 1.0, 1.0]
+    assert linear(0, 0, 2.0, 1.0) == 2.0 and linear(1, 0, 2.0, 1.0) == 1.0
+
+
+def test_a_plateau_halves_the_rate_once() -> None:
+    rising, flat = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 3.0, 2.0, 2.0, 9.0]
+    assert plateau_factor(rising, 2) == 1.0
+    assert plateau_factor([], 2) == plateau_factor(flat[:3], 2) == 1.0  # no second window yet
+    assert plateau_factor(flat, 2) == 0.5  # means 2 and 2; the fifth is in no window
+    assert plateau_factor([*flat, 9.0], 2) == 0.5  # 2, 2, 9
+    assert plateau_factor(rising[::-1], 1) == 0.5**5
+    assert plateau_factor(rising[::-1], 0) == 1.0
+
+
+def test_a_run_has_converged_when_its_best_is_old() -> None:
+    scores = [1.0, 5.0, 4.0, 5.0, 3.0]
+    found = [has_converged(scores[:n], 2) for n in range(6)]
+    assert found == [False, False, False, False, True, True]  # an equal one is no new best
+    assert not has_converged(scores, 0) and not has_converged([*scores, 6.0], 2)
+    assert not has_converged([], 1) and has_converged([2.0, 2.0], 1)

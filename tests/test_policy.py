@@ -292,7 +292,7 @@ def test_what_follows_a_token_does_not_change_its_score():
 
 
 @pytest.mark.parametrize("truncated", [True, False])
-@pytest.mark.parametrize("positions", [1, 7, 54, 55])
+@pytest.mark.parametrize("positions", [1, 3, 10, 11])
 def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positions, monkeypatch):
     model, (prompts, mask, tokens, support) = a_model(), a_batch()
     weights = torch.randn(5, 11, generator=torch.Generator().manual_seed(6)).double()
@@ -304,16 +304,15 @@ def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positi
 
     monkeypatch.setattr(policy, "score_logits", watched)
     results = []
-    for count, kept in ((55, 2**26), (positions, 0)):
-        monkeypatch.setattr(policy, "CHUNK_POSITIONS", count)
-        monkeypatch.setattr(policy, "KEPT_ELEMENTS", kept)
+    for limit in (2**26, positions * 5 * 17 + 1):
+        monkeypatch.setattr(policy, "CHUNK_ELEMENTS", limit)
         model.zero_grad()
         largest[0] = 0
         scores = completion_scores(
             model, prompts, mask, tokens, support if truncated else None, 1.5
         )
         (weights * scores.logprobs).sum().backward()
-        assert largest[0] == count * 17
+        assert largest[0] <= limit
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append((scores.logprobs.detach(), scores.entropy, gradient))
     for whole, chunked in zip(*results, strict=True):

@@ -1,6 +1,7 @@
 """Rewards against numbers worked by hand, a scalar loop, and the facts training relies on."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -338,6 +339,17 @@ def test_each_weight_scales_its_own_component_only():
     capped = score(starts, controls, weights=RewardWeights(constraints_cap=7.0))
     lowest = capped.components["constraints"].min()
     assert lowest == -7 and plain.components["constraints"].min() == -20
+
+
+def test_the_terminal_rate_is_per_unit_of_final_error_and_of_nothing_else():
+    starts, noise = draw(13, 0.3)
+    controls = lqr_controls(starts, PLANT, COST) + noise
+    plain = score(starts, controls)
+    final = PLANT.simulate(starts, controls).states[:, -1].norm(dim=1)
+    found = score(starts, controls, weights=replace(WEIGHTS, terminal_rate=4.0))
+    for name, value in found.components.items():
+        expected = 25 * torch.exp(-4.0 * final) if name == "terminal" else plain.components[name]
+        assert torch.allclose(value, expected, rtol=0, atol=1e-12), name
 
 
 def test_the_published_breakdown_adds_up_and_prints_as_published():

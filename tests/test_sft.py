@@ -29,14 +29,20 @@ def a_model(seed: int = 1, tied: bool = False) -> Transformer:
 
 
 def a_batch(fill: int = 0) -> SFTBatch:
-    """Five rows: prompts of 1 to 4 tokens, completions of 1 to 6 (EOS is 1), right-padded to 9."""
+    """Five rows: prompts of 1 to 4 tokens, completions of 1 to 6 (EOS is 1), right-padded to 9.
+
+    The labels differ from the tokens wherever something is learned, except at EOS.
+    """
     prompts, completions = torch.tensor([1, 4, 2, 3, 1]), torch.tensor([6, 5, 1, 3, 2])
     tokens = torch.randint(2, VOCAB, (5, 9), generator=torch.Generator().manual_seed(2))
     place = torch.arange(9).expand(5, 9)
     ends = (prompts + completions).view(5, 1)
     tokens[place == ends - 1] = 1
     mask = place < ends
-    return SFTBatch(tokens.where(mask, fill), mask, mask & (place >= prompts.view(5, 1)))
+    learned = mask & (place >= prompts.view(5, 1))
+    labels = torch.where(learned & (tokens != 1), 2 + (tokens + 3) % (VOCAB - 2), tokens)
+    assert ((labels != tokens) == (learned & (tokens != 1))).all()
+    return SFTBatch(tokens.where(mask, fill), labels.where(mask, fill), mask, learned)
 
 
 def slow_smoothing(width: float) -> torch.Tensor:

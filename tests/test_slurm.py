@@ -1,12 +1,13 @@
 """The batch scripts as shipped, submitted to a Slurm cluster of two virtual nodes.
 
 Real: Slurm, its signals, requeues, arrays and dependencies, torchrun and gloo between two nodes.
-Not real: GPUs (names only), separate machines, the 30 s between SIGTERM and SIGKILL (5 s here).
+Not real: GPUs (names only) and separate machines.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,10 +53,14 @@ def cluster() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """That of sbatch: the site's hook puts this python's torchrun on the path."""
+    """That of sbatch: the site's hook puts this python's torchrun on the path.
+
+    In the place of a container it has a prefix that leaves a trace in the record of the attempt.
+    """
     hook = tmp_path / "site" / "env.sh"
     hook.parent.mkdir()
-    hook.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    path = f'PATH="{Path(sys.executable).parent}:$PATH"'
+    hook.write_text(f'{path}\nLAUNCH_PREFIX=(env NCCL_OF_THE_PREFIX="two words")\n')
     names = {"MINIGRPO_ENV": str(hook), "RUN_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
     return {**os.environ, **names}
 
@@ -88,7 +93,7 @@ def submit(environment: dict[str, str]) -> Iterator[Callable[..., str]]:
         subprocess.run(["scancel", job], capture_output=True)
 
 
-def wait(job: str, seconds: int = 240) -> None:
+def wait(job: str, seconds: int = 600) -> None:
     subprocess.run([ROOT / "tests" / "local_slurm.sh", "wait", job, str(seconds)], check=False)
 
 
@@ -151,6 +156,7 @@ def test_two_nodes_stop_before_the_limit_and_go_on_after_a_requeue(
     assert list(attempts(folder)) == [f"{job}.0", f"{job}.1"]
     for record in (first, second):
         assert record["world_size"] == 2 and record["environment"]["SLURM_NNODES"] == "2"
+        assert record["environment"]["NCCL_OF_THE_PREFIX"] == "two words"
         assert record["config"]["init"] == str(supervised) and record["config"]["resume"] is True
 
 
@@ -244,6 +250,23 @@ def test_the_pipeline_runs_in_order_and_its_arguments_arrive_as_they_are(
     report = json.loads((grpo / "evaluation" / "evaluation.json").read_text())
     assert report["num_cases"] == 3 and set(report["policies"]) >= {"sft", "grpo", "lqr"}
     assert report["config"]["initial_states"] == str(starts)
+
+
+def test_a_dry_run_prints_the_commands_and_submits_nothing(environment: dict[str, str]) -> None:
+    options, flags = ["--account=abc", "--comment=two words"], ["--model", "it's $HOME"]
+    command = ["slurm/pipeline.sh", "--dry-run", *options, "--", *flags, "--", "--steps", "3"]
+    queue = ["scontrol", "show", "jobs", "--oneliner"]
+    before = subprocess.run(queue, capture_output=True, text=True).stdout.count("JobId=")
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert subprocess.run(queue, capture_output=True, text=True).stdout.count("JobId=") == before
+    sft, grpo, evaluate = (shlex.split(line) for line in done.stdout.splitlines())
+    assert set(options) <= set(sft) & set(grpo) & set(evaluate)
+    assert sft[-3:] == ["slurm/sft.sbatch", *flags] and "--dependency" not in " ".join(sft)
+    assert grpo[-3:] == ["slurm/grpo.sbatch", "--steps", "3"]
+    assert "--dependency=afterok:<sft>" in grpo and "--dependency=afterok:<grpo>" in evaluate
+    assert evaluate[-1] == "slurm/evaluate.sbatch"
 
 
 def test_a_crash_fails_the_job_and_cancels_its_dependents(

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import minigrpo.sft
 import train_grpo
 import train_sft
 from minigrpo.distributed import rank
+from minigrpo.optim import cosine_learning_rate
+from minigrpo.transformer import Transformer
 
 SFT = (
     "--device cpu --width 16 --mlp-width 32 --num-heads 2 --num-layers 1 --horizon 5 --steps 8 "
@@ -111,7 +115,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         assert described == metadata and got.keys() == wanted.keys()
         assert [key for key in got if not torch.equal(got[key], wanted[key])] == []
     assert lines(folder) == lines(expected)
-    assert [line["step"] for line in lines(folder)] == list(range(9))
+    assert [line["step"] for line in lines(folder)] == list(range(len(lines(folder))))
     if (expected / "samples.jsonl").exists():
         assert lines(folder, "samples.jsonl") == lines(expected, "samples.jsonl")
 
@@ -137,6 +141,35 @@ def test_eight_steps_are_four_and_resume_and_four(
     assert status(tmp_path / "run") == "stopped" and len(lines(tmp_path / "run")) == 5
     run_ranks(1, train, stage, [*flags, *RESUME])
     assert_same_run(tmp_path / "run", undisturbed[stage])
+
+
+LOOKING_BACK = (
+    "--plateau-patience 1 --adaptive-terminal --final-temperature 0.5 --curriculum-steps 6 "
+    "--stop-patience 2 --eval-every 2"
+).split()
+
+
+def test_schedules_that_look_back_go_on_where_they_were(
+    begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    run_ranks(1, train, "grpo", [*begun("grpo", straight), *LOOKING_BACK])
+    flags = [*begun("grpo", cut), *LOOKING_BACK]
+    run_ranks(1, train, "grpo", flags, 2, partial(raise_signal, signal.SIGTERM))
+    assert status(cut) == "stopped"
+    run_ranks(1, train, "grpo", [*flags, *RESUME])
+    assert_same_run(cut, straight)
+    found = lines(straight)
+    rewards = [line["reward/total"] for line in found[1:]]
+    plain = [cosine_learning_rate(step, 8, 1e-2, 10) for step in range(len(rewards))]
+    for step, line in enumerate(found[1:]):  # of the steps before, each one that earned no more
+        drops = sum(b <= a for a, b in pairwise(rewards[:step]))
+        assert line["update/learning_rate"] == plain[step] * 0.5**drops
+    assert plain != [line["update/learning_rate"] for line in found[1:]]
+    scores = [line["eval/greedy_reward"] for line in found if "eval/greedy_reward" in line]
+    assert len(found) < 9 and max(scores[-2:]) <= max(scores[:-2])  # it finished early, and why
+    run_ranks(1, train, "grpo", [*flags, *RESUME])  # and is not resumed into more steps
+    assert lines(cut) == found and status(cut) == "finished"
 
 
 def ways_to_stop(folder: Path) -> dict[str, tuple[int, Action, list[str]]]:
@@ -170,56 +203,75 @@ def test_a_stop_is_saved_and_ends_well(
         assert lines(folder) == lines(undisturbed["grpo"])[: last + 1]
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_one_and_three(
-    begun: Callable[[str, Path], list[str]], undisturbed: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "ddp"), [(1, "ddp"), (3, "ddp"), (2, "fsdp")]),
+        ((2, "fsdp"), [(1, "fsdp"), (2, "ddp"), (3, "fsdp")]),
+    ],
+)
+def test_a_checkpoint_resumes_on_other_numbers_of_ranks_sharded_or_not(
+    before: tuple[int, str],
+    after: list[tuple[int, str]],
+    begun: Callable[[str, Path], list[str]],
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     stop = partial(raise_signal, signal.SIGTERM)
-    run_ranks(2, train, "grpo", begun("grpo", tmp_path / "2"), 4, stop)
-    for num_ranks in (1, 3):
-        folder = tmp_path / str(num_ranks)
-        shutil.copytree(tmp_path / "2", folder)
-        run_ranks(num_ranks, train, "grpo", [*begun("grpo", folder), *RESUME])
+    num_ranks, parallel = before
+    flags = [*begun("grpo", tmp_path / "run"), "--parallel", parallel]
+    run_ranks(num_ranks, train, "grpo", flags, 4, stop)
+    assert status(tmp_path / "run") == "stopped"
+    for num_ranks, parallel in after:
+        folder = tmp_path / f"{num_ranks}-{parallel}"
+        shutil.copytree(tmp_path / "run", folder)
+        flags = [*begun("grpo", folder), "--parallel", parallel, *RESUME]
+        run_ranks(num_ranks, train, "grpo", flags)
         assert status(folder) == "finished"
         for got, expected in zip(lines(folder), lines(undisturbed["grpo"]), strict=True):
             # Other batch shapes round differently, and eight updates carry that on.
             assert got == pytest.approx(expected, rel=1e-2, abs=1e-4, nan_ok=True)
 
 
-def kill_at_random(
-    num_kills: int, flags: list[str], folder: Path, seconds: float, seed: int
-) -> list[int]:
-    """Resume, and kill -9: within `seconds` of the start, or in the middle of a save."""
-    instant, last_steps = random.Random(seed), []
-    for i in range(num_kills):
-        process = FORKED.Process(target=train, args=("grpo", [*flags, *RESUME]))
-        process.start()
-        end = time.monotonic() + instant.uniform(0, seconds)
-        while time.monotonic() < end and process.is_alive():
-            if i % 3 == 2 and list((folder / "checkpoints").glob("*.tmp")):
-                break
-            time.sleep(0.0005)
-        process.kill()
-        process.join()
-        log = folder / "metrics.jsonl"
-        last_steps.append(log.read_bytes().count(b"\n") if log.exists() else 0)
-    return last_steps
+def kill_at_random(flags: list[str], folder: Path, seconds: float, seed: int) -> int | None:
+    """Resume, kill -9 within `seconds` of the start or in the middle of a save -> exit code."""
+    instant = random.Random(seed)
+    process = FORKED.Process(target=train, args=("grpo", [*flags, *RESUME]))
+    process.start()
+    end = time.monotonic() + instant.uniform(0, seconds)
+    while time.monotonic() < end and process.is_alive():
+        if seed % 3 == 2 and list((folder / "checkpoints").glob("*.tmp")):
+            break
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("num_kills", "num_steps"), [(3, 8), pytest.param(20, 160, marks=pytest.mark.slow)]
+)
 def test_kill_9_at_any_instant_loses_nothing(
-    num_kills: int,
-    begun: Callable[[str, Path], list[str]],
-    undisturbed: dict[str, Path],
-    tmp_path: Path,
+    num_kills: int, num_steps: int, begun: Callable[[str, Path], list[str]], tmp_path: Path
 ) -> None:
-    flags = begun("grpo", tmp_path / "run")
+    """A kill may come as late as an undisturbed run of eight steps takes."""
     began = time.monotonic()
     run_ranks(1, train, "grpo", begun("grpo", tmp_path / "timed"))
-    seconds = time.monotonic() - began
-    steps = kill_at_random(num_kills, flags, tmp_path / "run", seconds, seed=num_kills)
-    print("lines of metrics.jsonl at each kill:", steps)
+    seconds = (time.monotonic() - began) * (0.6 if num_steps == 8 else 1.2)
+    # A lower rate than the other tests': at 1e-2 nothing is left to learn after 140 steps.
+    steps = ["--steps", str(num_steps), "--learning-rate", "1e-3"]
+    run_ranks(1, train, "grpo", [*begun("grpo", tmp_path / "undisturbed"), *steps])
+    folder = tmp_path / "run"
+    flags = [*begun("grpo", folder), *steps]
+    exits, reached = [], []
+    for seed in range(num_kills):
+        exits.append(kill_at_random(flags, folder, seconds, seed))
+        log = folder / "metrics.jsonl"
+        reached.append(log.read_bytes().count(b"\n") if log.exists() else 0)
+    print("lines of metrics.jsonl at each kill:", reached)
+    assert exits.count(-9) == num_kills or num_steps == 8, "too few steps, or too late"
     run_ranks(1, train, "grpo", [*flags, *RESUME])
-    assert_same_run(tmp_path / "run", undisturbed["grpo"])
+    assert_same_run(folder, tmp_path / "undisturbed")
 
 
 def test_a_cut_newest_checkpoint_is_not_used(
@@ -330,3 +382,54 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     saved = sorted((folder / "skipped").iterdir())
     assert len(saved) == 3 * num_ranks
     assert load_file(saved[-1])["advantages"].isnan().all()
+
+
+def spoil_loss(of_rank: int) -> None:
+    loss = minigrpo.sft.sft_loss
+
+    def spoiled(*arguments: object) -> Tensor:
+        return loss(*arguments) * (torch.nan if rank() == of_rank else 1.0)  # type: ignore[arg-type]
+
+    minigrpo.sft.sft_loss = spoiled
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_in_supervised_training_the_first_gradient_that_is_not_finite_ends_the_run(
+    num_ranks: int, begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """It has no excuse there. In the third step the last rank's loss is NaN."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    spoil = partial(spoil_loss, num_ranks - 1)
+    exits = start_ranks(num_ranks, train, "sft", begun("sft", folder), 3, spoil, errors=errors)
+    message = "the gradient of step 3 is not finite and was not applied; its batch is in"
+    assert exits == [1] * num_ranks and message in errors.read_text()
+    assert checkpoints(folder) == ["step-000002"] and len(lines(folder)) == 3
+    assert len(list((folder / "skipped").iterdir())) == num_ranks
+
+
+def nudge_the_second_rank(stage: str) -> None:
+    """From the next step on its last weights are off by a little."""
+    module = train_grpo if stage == "grpo" else train_sft
+    name = "update_policy" if stage == "grpo" else "supervised_step"
+    work = getattr(module, name)
+
+    def nudged(model: Transformer, *arguments: object) -> object:
+        done = work(model, *arguments)
+        if rank() == 1:
+            list(model.parameters())[-1].data += 1e-6
+        return done
+
+    setattr(module, name, nudged)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_ranks_whose_weights_part_end_the_run(
+    stage: str, begun: Callable[[str, Path], list[str]], tmp_path: Path
+) -> None:
+    """The third step is the first to go wrong, the fourth is looked at before it is saved."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    nudge = partial(nudge_the_second_rank, stage)
+    flags = [*begun(stage, folder), "--sync-check", "4"]
+    assert start_ranks(2, train, stage, flags, 2, nudge, errors=errors) == [1, 1]
+    assert "differs between ranks 0 and 1" in errors.read_text()
+    assert checkpoints(folder) == ["step-000002"]

@@ -187,7 +187,7 @@ def test_transformers_reloads_the_number_tokenizer_with_equal_ids_and_text(with_
     NUMBER_TOKENIZER.save_pretrained(tmp_path)
     prompt = prompt_text(STARTS[0], PLANT, NUMBERS)
     answer = render_controls(lqr_controls(STARTS[:1], PLANT, QuadraticCost())[0], NUMBERS)
-    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 10_000)):
         assert again.get_vocab() == NUMBER_TOKENIZER.get_vocab()
         for text in (prompt, answer):
             ids = again.encode(text)
@@ -201,7 +201,7 @@ def test_transformers_reloads_the_number_tokenizer_with_equal_ids_and_text(with_
 def test_a_chat_tokenizer_survives_the_folder(tmp_path):
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    again = load_tokenizer(tmp_path)
+    again = load_tokenizer(tmp_path, 10_000)
     for start in STARTS:
         ids = encode_prompt(again, start, PLANT, WORDS)
         assert ids == encode_prompt(tokenizer, start, PLANT, WORDS)
@@ -263,12 +263,12 @@ def test_pad_falls_back_to_eos():
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold a tokenizer"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, 10_000)
     tokenizer = number_tokenizer(PLANT, NUMBERS)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="end-of-sequence"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, 10_000)
 
 
 def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
@@ -282,7 +282,7 @@ def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
     marker = tmp_path / "executed"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
     try:
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, 10_000)
     except ValueError:
         pass
     assert not marker.exists()

@@ -1,0 +1,191 @@
+"""How much memory a run will take: a function of shapes, known before anything is allocated.
+
+    model      weights, gradients and AdamW's two moments of what is trained, reference
+    sampling   KV cache 2 layers J D (rows (L + C) + prompts L), logits [rows, V], prompts' prefill;
+               4 bytes each, since validation is in float32
+    update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
+    peak       model + the larger of sampling and update
+
+A block keeps for each of its tokens, E width, H heads, J key-value heads, D head size, F MLP width:
+4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
+products, q, k, v, gate, up), and H K attention weights for K keys, in the autocast's dtype; with
+gradient checkpointing E. It is an upper bound, measured on a CPU at 1.0 to 1.6 times the truth for
+an update and 1.0 to 2.0 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
+attention weights, so it is higher there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from minigrpo.config import RunSettings, Value
+from minigrpo.distributed import local_world_size
+from minigrpo.policy import CHUNK_ELEMENTS
+from minigrpo.transformer import TransformerConfig, linear_parts
+
+C = TypeVar("C", bound=RunSettings)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run does with a model, on one rank; the rest is in its settings."""
+
+    prompt_length: int
+    completion_length: int
+    micro_rows: int  # of a training forward
+    num_decoded: int  # rows decoded together
+    num_prefilled: int  # prompts of them
+    num_rows: int = 0  # completions kept for the update; 0 in supervised training
+    support_size: int = 0  # 0: untruncated
+    has_reference: bool = False  # as a second copy
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what they are for."""
+
+    model: dict[str, int]
+    sampling: dict[str, int]
+    update: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.model.values()) + max(
+            sum(self.sampling.values()), sum(self.update.values())
+        )
+
+    def table(self) -> str:
+        def line(name: str, parts: dict[str, int]) -> str:
+            shown = (f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size)
+            return f"  {name:9s} {sum(parts.values()) / 2**30:8.2f}  {', '.join(shown)}"
+
+        return "\n".join(line(name, parts) for name, parts in vars(self).items())
+
+
+def memory_estimate(
+    shape: TransformerConfig,
+    config: RunSettings,
+    work: Workload,
+    num_ranks: int = 1,
+    ranks_here: int = 1,
+) -> MemoryEstimate:
+    """The estimate for one of num_ranks ranks, ranks_here of them on this machine.
+
+    With fsdp these share the model, sampling has it whole, and an update two blocks and the tables.
+    """
+    shards = ranks_here if config.parallel == "fsdp" else 1
+    flat = 2 if num_ranks > 1 and shards == 1 else 1  # reduce_gradients makes one vector of them
+    base, added = _num_parameters(shape), _num_adapters(shape, config)
+    weights, trained = 4 * (base + added), 4 * (added if config.lora_rank else base)
+    tables = 4 * shape.vocab_size * shape.width * (1 if shape.tied_head else 2)
+    half = config.precision == "bfloat16"
+    narrow = 2 if half else 4
+    length = work.prompt_length + work.completion_length
+    kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * 4  # of one token
+    prefilled = work.num_prefilled * work.prompt_length
+    tokens = work.micro_rows * (length - 1)
+    block = tokens * _bytes_of_a_block(shape, length - 1, narrow)
+    kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
+    column = work.micro_rows * shape.vocab_size  # logits of one position
+    chunk = min(max(CHUNK_ELEMENTS, column), column * work.completion_length)
+    # At once: logits, gradients of those gathered; without a support also tempered, in float32.
+    logit = 4 * narrow if work.support_size else 5 * 4
+    row = 4 * work.support_size + 32  # of one completion token: support, log-probs, masks
+    return MemoryEstimate(
+        model={
+            "weights": weights // shards,
+            "gradients": flat * trained // shards,
+            "AdamW": 2 * trained // shards,
+            "reference": weights // shards if work.has_reference else 0,
+            "bfloat16 weights": weights // 2 if half else 0,
+        },
+        sampling={
+            "KV cache": kv * (work.num_decoded * length + prefilled),
+            "logits": 5 * 4 * work.num_decoded * shape.vocab_size,
+            "prefill": prefilled * _bytes_of_a_block(shape, work.prompt_length, 4),
+            "support": 2 * work.num_rows * work.completion_length * row,
+            "gathered weights": weights if shards > 1 else 0,
+        },
+        update={
+            "activations": shape.num_layers * kept,
+            "at work": max(block + block // 4, logit * chunk),
+            "support": work.num_rows * work.completion_length * row,
+            "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
+            * (shards > 1),
+        },
+    )
+
+
+def _num_parameters(shape: TransformerConfig) -> int:
+    columns = _columns(shape)
+    block = 2 * shape.width + (2 * shape.head_size if shape.qk_norm else 0)
+    for module, parts in linear_parts(shape).items():
+        bias = module == "attention.qkv" and shape.qkv_bias
+        block += sum(parts.values()) * (columns[module] + bias)
+    tables = 1 if shape.tied_head else 2
+    return tables * shape.vocab_size * shape.width + shape.num_layers * block + shape.width
+
+
+def _num_adapters(shape: TransformerConfig, config: RunSettings) -> int:
+    """rank (rows + columns) for each target."""
+    columns, targets = _columns(shape), config.lora_targets.split(",")
+    sides = [
+        rows + columns[module]
+        for module, parts in linear_parts(shape).items()
+        for name, rows in parts.items()
+        if name.rpartition(".")[2] in targets
+    ]
+    return shape.num_layers * config.lora_rank * sum(sides)
+
+
+def _columns(shape: TransformerConfig) -> dict[str, int]:
+    inner = shape.num_heads * shape.head_size
+    sizes = (shape.width, inner, shape.width, shape.mlp_width)
+    return dict(zip(linear_parts(shape), sizes, strict=True))
+
+
+def _bytes_of_a_block(shape: TransformerConfig, num_keys: int, narrow: int) -> int:
+    """What one block keeps of one token for its backward pass; the module's docstring has it."""
+    q, kv = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    normed = 4 * (q + kv) if shape.qk_norm else 0
+    inner = 2 * shape.width + 3 * q + 3 * kv + 4 * shape.mlp_width + shape.num_heads * num_keys
+    return 4 * 4 * shape.width + normed + narrow * inner
+
+
+def check_memory(
+    estimate: Callable[[C], MemoryEstimate],
+    config: C,
+    changes: Sequence[dict[str, Value]],
+    device: torch.device,
+) -> str:
+    """The lines to print; ValueError, with what each change would need, if it does not fit."""
+    estimated, free = estimate(config), free_memory(device)
+    found = f"{estimated.peak / 2**30:.2f} of the {free / 2**30:.2f} GiB free on {device}"
+    lines = f"memory estimate: {found}, the larger of sampling and update beside the model"
+    if estimated.peak <= free:
+        return f"{lines}\n{estimated.table()}"
+    advice = [f"the run must fit into memory, got {found}", estimated.table(), "GiB with"]
+    for change in changes:
+        less = estimate(replace(config, **change)).peak  # type: ignore[arg-type]  # of its fields
+        if less < estimated.peak:
+            flags = " ".join(_flag(name, value) for name, value in change.items())
+            advice.append(f"  {less / 2**30:8.2f}  {flags}")
+    raise ValueError("\n".join(advice))
+
+
+def _flag(name: str, value: Value) -> str:
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo").read_text()
+    available = next(line for line in info.splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024 // local_world_size()

@@ -1,0 +1,321 @@
+"""The estimate against hand-worked numbers and real allocations; no tensor of all logits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import untrained_checkpoint
+from torch import Tensor
+from watch import Watch
+
+import train_grpo
+import train_sft
+from minigrpo import memory, policy
+from minigrpo.config import GRPOConfig, SFTConfig
+from minigrpo.data import SFTBatch
+from minigrpo.lora import add_adapters
+from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
+from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.sft import sft_loss
+from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
+
+LLAMA = TransformerConfig("llama", 3001, 96, 256, 6, 6, 2, 16)
+QWEN3 = TransformerConfig("qwen3", 211, 96, 256, 6, 6, 2, 16)
+WIDE = TransformerConfig("qwen2", 20_011, 96, 256, 2, 6, 2, 16)  # its logits outweigh the rest
+
+
+def a_model(shape: TransformerConfig, config: SFTConfig = SFTConfig()) -> Transformer:  # noqa: B008
+    model = Transformer(shape)
+    initialise(model, torch.Generator().manual_seed(1))
+    add_adapters(model, config.lora_rank, 8.0, config.lora_targets, torch.Generator())
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def some_tokens(*shape: int, high: int) -> Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(2))
+
+
+def loss_of(model: Transformer, prompts: Tensor, completions: Tensor, kind: str) -> Tensor:
+    """Supervised, or the scores of GRPO with the stored support or without."""
+    if kind == "sft":
+        tokens = torch.cat([prompts, completions], dim=1)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        learned = mask & (torch.arange(tokens.shape[1]) >= prompts.shape[1])
+        return sft_loss(model, SFTBatch(tokens, tokens, mask, learned), None)
+    support = some_tokens(*completions.shape, 16, high=model.config.vocab_size)
+    support[:, :, 0] = completions
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    kept = support if kind == "support" else None
+    return completion_scores(model, prompts, mask, completions, kept, 1.5).logprobs.sum()
+
+
+def test_the_estimate_is_that_worked_out_by_hand() -> None:
+    """Qwen2 shape, width 8, MLP 12, 2 blocks, 4 heads over 2, head size 2, V = 50, own head."""
+    shape = TransformerConfig("qwen2", 50, 8, 12, 2, 4, 2, 2, tied_head=False)
+    # qkv 16 x 8 + 16, out 8 x 8, gate and up 24 x 8, down 8 x 12, two norms of 8
+    block = (128 + 16) + 64 + 192 + 96 + 16
+    parameters = 2 * 50 * 8 + 2 * block + 8
+    work = Workload(
+        prompt_length=7, completion_length=5, micro_rows=3, num_decoded=20, num_prefilled=4,
+        num_rows=40, support_size=6, has_reference=True,
+    )  # fmt: skip
+    got = memory_estimate(shape, GRPOConfig(), work, num_ranks=2)
+    assert got.model == {
+        "weights": 4 * parameters, "gradients": 8 * parameters, "AdamW": 8 * parameters,
+        "reference": 4 * parameters, "bfloat16 weights": 0,
+    }  # fmt: skip
+    # of a token: 4 x 8 in float32, then 2 x 8 + 3 x 8 + 3 x 4 + 4 x 12 = 100 and 4 weights a key
+    row = 4 * 6 + 32
+    assert got.sampling == {
+        "KV cache": 2 * 2 * 2 * 2 * 4 * (20 * 12 + 4 * 7),
+        "logits": 5 * 4 * 20 * 50,
+        "prefill": 4 * 7 * 4 * (32 + 100 + 4 * 7),
+        "support": 2 * 40 * 5 * row,
+        "gathered weights": 0,
+    }
+    kept = 3 * 11 * 4 * (32 + 100 + 4 * 11)
+    assert got.update == {
+        "activations": 2 * kept, "at work": kept * 5 // 4, "support": 40 * 5 * row,
+        "gathered weights": 0,
+    }  # fmt: skip
+    assert got.peak == sum(got.model.values()) + max(
+        sum(got.sampling.values()), sum(got.update.values())
+    )
+
+    cut = memory_estimate(shape, GRPOConfig(parallel="fsdp"), work, num_ranks=8, ranks_here=4)
+    assert cut.model == {
+        "weights": parameters, "gradients": parameters, "AdamW": 2 * parameters,
+        "reference": parameters, "bfloat16 weights": 0,
+    }  # fmt: skip
+    assert cut.sampling == {**got.sampling, "gathered weights": 4 * parameters}
+    assert cut.update["gathered weights"] == 4 * 2 * 50 * 8 + 2 * 4 * (2 * block + 8) // 2
+
+    config = GRPOConfig(
+        precision="bfloat16", gradient_checkpointing=True, lora_rank=3, lora_targets="q_proj,o_proj"
+    )
+    less = memory_estimate(shape, config, replace(work, has_reference=False))
+    trained = 2 * (3 * (8 + 8) + 3 * (8 + 8))
+    assert less.model == {
+        "weights": 4 * (parameters + trained), "gradients": 4 * trained, "AdamW": 8 * trained,
+        "reference": 0, "bfloat16 weights": 2 * (parameters + trained),
+    }  # fmt: skip
+    assert less.update["activations"] == 2 * 3 * 11 * 4 * 8
+    assert less.update["at work"] == 3 * 11 * (4 * 32 + 2 * (100 + 4 * 11)) * 5 // 4
+    assert less.sampling == got.sampling
+
+
+@pytest.mark.parametrize("shape", [LLAMA, QWEN3, WIDE, replace(QWEN3, tied_head=False)])
+@pytest.mark.parametrize("targets", ["", "q_proj", "v_proj,o_proj,up_proj", "down_proj,gate_proj"])
+def test_parameters_are_counted_without_making_them(shape: TransformerConfig, targets: str) -> None:
+    config = SFTConfig(lora_rank=3, lora_targets=targets) if targets else SFTConfig()
+    model, got = a_model(shape, config), memory_estimate(shape, config, Workload(1, 1, 1, 1, 1))
+    assert got.model["weights"] == 4 * model.num_parameters()
+    assert got.model["gradients"] == 4 * model.num_trained()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "rows", "changes"),
+    [
+        (LLAMA, "support", 8, {}),
+        (LLAMA, "support", 8, {"gradient_checkpointing": True}),
+        (LLAMA, "sft", 4, {"precision": "bfloat16"}),
+        (LLAMA, "sft", 8, {"lora_rank": 4}),
+        (LLAMA, "whole", 2, {"gradient_checkpointing": True, "precision": "bfloat16"}),
+        (QWEN3, "support", 4, {}),
+        (QWEN3, "sft", 4, {"gradient_checkpointing": True, "lora_rank": 4}),
+        (QWEN3, "support", 4, {"precision": "bfloat16", "lora_rank": 4}),
+        (WIDE, "support", 4, {}),
+        (WIDE, "sft", 4, {"lora_rank": 4, "precision": "bfloat16"}),
+    ],
+)
+def test_an_update_takes_what_is_estimated(
+    shape: TransformerConfig, kind: str, rows: int, changes: dict[str, object]
+) -> None:
+    config = SFTConfig(**changes)
+    model, length = a_model(shape, config), (60, 20) if shape is LLAMA else (30, 40)
+    prompts, completions = (some_tokens(rows, n, high=shape.vocab_size) for n in length)
+    work = Workload(*length, rows, 0, 0, support_size=16 if kind == "support" else 0)
+    estimate = memory_estimate(shape, config, work)
+    with Watch(*model.parameters(), prompts, completions) as watch:
+        half = config.precision == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = loss_of(model, prompts, completions, kind)
+        loss.backward()
+    expected = sum(estimate.update.values()) + estimate.model["gradients"]
+    expected += estimate.model["bfloat16 weights"]
+    assert 1.0 <= expected / watch.peak <= 1.6
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize(("shape", "group_size"), [(LLAMA, 4), (QWEN3, 1)])
+def test_sampling_takes_what_is_estimated(
+    shape: TransformerConfig, group_size: int, top_p: float
+) -> None:
+    model, prompts = a_model(shape), some_tokens(4, 60, high=shape.vocab_size)
+    mask, rows = torch.ones_like(prompts, dtype=torch.bool), 4 * group_size
+    uniforms = torch.rand(rows, 20, generator=torch.Generator().manual_seed(1))
+    with Watch(*model.parameters(), prompts, mask, uniforms) as watch:
+        acting, stop = ActingPolicy(1.5, top_p, 16), StopRule((shape.vocab_size,), 0, 20)
+        sample_completions(model, prompts, mask, group_size, acting, stop, uniforms)
+    work = Workload(60, 20, 1, rows, 4, rows, 16 if top_p < 1 else 0)
+    expected = sum(memory_estimate(shape, SFTConfig(), work).sampling.values())
+    assert 1.0 <= expected / watch.peak <= 2.0
+
+
+def naive_loss(model: Transformer, prompts: Tensor, completions: Tensor, kind: str) -> Tensor:
+    z = model(torch.cat([prompts, completions], dim=1)[:, :-1], None, None, logits)
+    z = z[:, prompts.shape[1] - 1 :]  # [M, C, V]
+    if kind == "sft":
+        return torch.nn.functional.cross_entropy(
+            z.flatten(0, 1), completions.flatten(), reduction="sum"
+        )
+    z = z / 1.5
+    if kind == "support":
+        support = some_tokens(*completions.shape, 16, high=model.config.vocab_size)
+        support[:, :, 0] = completions
+        return (z.gather(-1, support[:, :, :1])[..., 0] - z.gather(-1, support).logsumexp(-1)).sum()
+    return z.log_softmax(-1).gather(-1, completions[:, :, None]).sum()
+
+
+@pytest.mark.parametrize("kind", ["sft", "support", "whole"])
+def test_no_tensor_of_all_logits_exists_and_value_and_gradient_are_the_naive_ones(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = TransformerConfig("llama", 5003, 8, 12, 1, 2, 1, 4)
+    model, limit = a_model(shape).double(), 2**17
+    prompts, completions = some_tokens(3, 5, high=5003), some_tokens(3, 37, high=5003)
+    results = []
+    for function in (loss_of, naive_loss):
+        monkeypatch.setattr(policy, "CHUNK_ELEMENTS", limit)
+        model.zero_grad()
+        with Watch(*model.parameters(), prompts, completions) as watch:
+            loss = function(model, prompts, completions, kind)
+            loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((float(loss.detach()), gradient, watch.largest))
+    (value, gradient, largest), (naive_value, naive_gradient, naive_largest) = results
+    assert largest <= 8 * limit < 8 * 3 * 37 * 5003 <= naive_largest
+    assert abs(value - naive_value) < 1e-9 * abs(naive_value)
+    assert torch.allclose(gradient, naive_gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_sampling_makes_logits_of_one_position_alone(top_p: float) -> None:
+    shape = TransformerConfig("llama", 5003, 8, 12, 1, 2, 1, 4)
+    model, prompts = a_model(shape), some_tokens(2, 9, high=5003)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    uniforms = torch.rand(6, 11, generator=torch.Generator().manual_seed(1))
+    with Watch(*model.parameters(), prompts, mask, uniforms) as watch:
+        stop = StopRule((5003,), 0, 11)
+        sample_completions(model, prompts, mask, 3, ActingPolicy(1.5, top_p, 16), stop, uniforms)
+    assert watch.largest <= 8 * 6 * 5003  # int64 ids of a sort at most
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("kind", ["sft", "support"])
+def test_gradient_checkpointing_changes_memory_and_no_gradient(kind: str, rank: int) -> None:
+    results = []
+    for on in (False, True):
+        config = SFTConfig(gradient_checkpointing=on, lora_rank=rank)
+        model = a_model(QWEN3, config)
+        prompts, completions = some_tokens(4, 30, high=211), some_tokens(4, 40, high=211)
+        with Watch(*model.parameters()) as watch:
+            loss_of(model, prompts, completions, kind).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        results.append((watch.peak, grads))
+    (peak, grads), (peak_on, grads_on) = results
+    assert peak_on < 0.4 * peak
+    assert grads.keys() == grads_on.keys()
+    assert all(torch.equal(grads[name], grads_on[name]) for name in grads)
+
+
+def test_both_trainers_take_the_flags(tmp_path: Path) -> None:
+    folder = untrained_checkpoint(tmp_path / "sft")
+    config = GRPOConfig(init=str(folder), gradient_checkpointing=True, lora_rank=2)
+    model = train_grpo.build(config)
+    assert model.gradient_checkpointing and 0 < model.num_trained() < model.num_parameters()
+    assert not train_grpo.build(GRPOConfig(init=str(folder))).gradient_checkpointing
+    supervised = SFTConfig(gradient_checkpointing=True, horizon=2)
+    shape, task, weights = train_sft.describe(supervised)
+    assert train_sft.build(shape, task, weights, supervised).gradient_checkpointing
+
+
+def gib(size: float) -> Callable[[torch.device], int]:
+    return lambda device: round(size * 2**30)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = untrained_checkpoint(tmp_path / "sft")
+
+    def loaded(folder: Path) -> Transformer:
+        raise AssertionError
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(train_grpo, "load_transformer", loaded)
+    monkeypatch.setattr(train_sft, "Transformer", loaded)
+    with pytest.raises(ValueError, match=r"must fit into memory, got .* GiB free on cpu") as caught:
+        train_grpo.main(["--init", str(folder), "--save-dir", str(tmp_path / "g"), "--device=cpu"])
+    advice = str(caught.value).partition("GiB with\n")[2].splitlines()
+    known = [" ".join(f"--{name.replace('_', '-')}" for name in change)
+             for change in train_grpo.LESS_MEMORY]  # fmt: skip
+    flags = [" ".join(w for w in line.split() if w.startswith("--")) for line in advice]
+    assert len(flags) > 2 and set(flags) <= set(known)
+    with pytest.raises(ValueError, match=r"must fit into memory"):
+        train_sft.main(["--save-dir", str(tmp_path / "s"), "--device=cpu", "--horizon=2"])
+
+
+def test_advice_is_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = TransformerConfig("qwen2", 151_936, 896, 4864, 24, 14, 2, 64)  # Qwen2.5-0.5B
+
+    def estimate(config: GRPOConfig) -> MemoryEstimate:
+        work = Workload(
+            150, 350, config.micro_batch_size, config.rows_per_batch, 32, 512, 128,
+            config.kl_beta > 0 and not config.lora_rank,
+        )  # fmt: skip
+        return memory_estimate(shape, config, work, num_ranks=4, ranks_here=4)
+
+    monkeypatch.setattr(memory, "free_memory", gib(8))
+    with pytest.raises(ValueError) as caught:
+        device, config = torch.device("cpu"), GRPOConfig(micro_batch_size=64)
+        check_memory(estimate, config, train_grpo.LESS_MEMORY, device)
+    lines = str(caught.value).partition("GiB with\n")[2].splitlines()
+    advice = [(line.split()[1], float(line.split()[0])) for line in lines]
+    assert [name for name, _ in advice] == [  # fewer rows decoded would not help: the update would
+        "--micro-batch-size", "--gradient-checkpointing", "--kl-beta", "--lora-rank", "--parallel",
+        "--micro-batch-size",
+    ]  # fmt: skip
+    whole = estimate(config).peak / 2**30
+    assert all(less < whole - 1 for _, less in advice)
+    assert advice[2][1] == pytest.approx(
+        estimate(replace(config, kl_beta=0.0)).peak / 2**30, abs=0.01
+    )
+
+
+def test_what_fits_is_a_table_of_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = MemoryEstimate({"weights": 2**30, "reference": 0}, {"KV cache": 2**31}, {"a": 2**29})
+    monkeypatch.setattr(memory, "free_memory", gib(3.5))
+    text = check_memory(lambda config: estimate, SFTConfig(), (), torch.device("cpu"))
+    assert text.splitlines() == [
+        "memory estimate: 3.00 of the 3.50 GiB free on cpu, the larger of sampling and update "
+        "beside the model",
+        "  model         1.00  weights 1.00",
+        "  sampling      2.00  KV cache 2.00",
+        "  update        0.50  a 0.50",
+    ]
+    monkeypatch.setattr(memory, "free_memory", gib(2.99))
+    with pytest.raises(ValueError, match=r"got 3\.00 of the 2\.99 GiB"):
+        check_memory(partial(lambda config: estimate), SFTConfig(), (), torch.device("cpu"))
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_memory(torch.device("cpu"))
+    assert 2**28 < alone < 2**50
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0.5 < 4 * free_memory(torch.device("cpu")) / alone < 2
