@@ -76,7 +76,7 @@ smollm: $(SMOLLM)/base/model.safetensors
 		--save-dir $(SMOLLM)/evaluation --num-cases 24 --skip-mpc --precision bfloat16 --overwrite
 
 bench: venv
-	$(PY) benchmarks/bench_cpu.py
+	$(PY) benchmarks/bench.py --sections correct,ceilings,step,parts,simulator
 
 study: venv
 	$(PY) benchmarks/study.py

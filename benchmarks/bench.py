@@ -6,9 +6,9 @@
     python benchmarks/bench.py --sections parts,simulator,scaling       what each piece costs
     python benchmarks/bench.py --device cuda --sections ceilings,decode --budget-s 560
 
-Sections, CPU: correct step parts simulator scaling; CUDA: ceilings decode rollout train correct step
-simulator. Arms run in turn, a process each, from one folder of weights and prompts. On a CPU the
-clock is that of the processor, one thread: it does not count other people's work. Equal in all arms:
+Sections, CPU: correct ceilings step parts simulator scaling; CUDA: also decode rollout train. Arms
+run in turn, a process each, from one folder of weights and prompts. On a CPU the clock is that of
+the processor, one thread: it does not count what others do. Equal in all arms:
 weights, prompts, group, lengths (no end token), kl_beta 0.01, top_p 1, one update a rollout, no
 gradient checkpointing. Ours has neither a tokenizer nor metrics in its step.
 """
@@ -27,7 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Item:
     prompt_length: int
     length: int
     micro_batch: int = 128
+    top_p: float = 1.0  # below 1 with support 32; TRL has no such policy
 
     @property
     def num_matrix_parameters(self) -> int:
@@ -64,20 +66,44 @@ class Item:
         layer = attention + 3 * self.width * self.mlp_width
         return self.num_layers * layer + self.width * self.vocab_size
 
-    def gflop(self) -> float:
-        """Products of a step: prefill once a group, decode, reference, forward, backward (x2)."""
-        rows = self.num_prompts * self.group_size
-        decode, prefill = rows * self.length, self.num_prompts * self.prompt_length
-        scored = rows * (self.prompt_length + self.length)
-        return 2e-9 * self.num_matrix_parameters * (prefill + decode + 4 * scored)
+    def floors(self, gflops: float, copy_gb_s: float, is_cuda: bool) -> dict[str, float]:
+        """Least seconds of the phases: products at the rate of large ones; CUDA decodes by bytes.
+
+        A prompt is prefilled once a group; a decoded token reads all weights in bfloat16 and, for
+        each row, the keys and values so far. Backward is two forwards.
+        """
+        rows, matrix = self.num_prompts * self.group_size, self.num_matrix_parameters
+        scored = 2e-9 * matrix * rows * (self.prompt_length + self.length) / gflops
+        decode = 2e-9 * matrix * rows * self.length / gflops
+        if is_cuda:
+            head = self.width // self.num_heads
+            context = self.prompt_length + self.length / 2
+            cached = 4 * self.num_layers * self.num_kv_heads * head * context * rows
+            decode = max(decode, 1e-9 * self.length * (2 * matrix + cached) / copy_gb_s)
+        prefill = 2e-9 * matrix * self.num_prompts * self.prompt_length / gflops
+        floors = {"rollout": prefill + decode, "reference": scored, "update": 3 * scored}
+        return floors | {"step": sum(floors.values())}
 
 
 ITEMS = {
     "tiny": Item(128, 512, 4, 4, 4, 700, 4, 8, 12, 51),
     "cpu-128": Item(128, 512, 4, 4, 4, 700, 8, 16, 12, 51),
     "cpu-256": Item(256, 1024, 4, 4, 4, 700, 8, 16, 12, 51),
+    "scale": Item(64, 128, 2, 2, 2, 607, 8, 16, 5, 51, 128, 0.9),
     "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 16),
 }
+
+# What the scaling table varies, one at a time: completions, length, width of the model.
+SCALED = {
+    "1": {},
+    "completions x4": {"num_prompts": 32},
+    "completions x16": {"num_prompts": 128},
+    "length x2": {"length": 102},
+    "length x4": {"length": 204},
+    "width x2": {"width": 128, "mlp_width": 256},
+    "width x4": {"width": 256, "mlp_width": 512},
+}
+ITEMS |= {f"scale {name}": replace(ITEMS["scale"], **change) for name, change in SCALED.items()}
 
 
 def write_work(item: Item, folder: Path) -> None:
@@ -125,10 +151,10 @@ def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -
     torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
     model, reference = (load_transformer(folder).to(device) for _ in range(2))
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=device)
-    mask, acting = torch.ones_like(prompts, dtype=torch.bool), ActingPolicy(1.0, 1.0)
+    mask, acting = torch.ones_like(prompts, dtype=torch.bool), ActingPolicy(1.0, item.top_p, 32)
     optimizer = adamw(model, 1e-6, (0.9, 0.999), 0.0)
     tokens, masks = (x.repeat_interleave(item.group_size, 0) for x in (prompts, mask))
-    rows = len(tokens)
+    rows, before = len(tokens), peak_gb(device)
     phases: dict[str, list[float]] = {"rollout": [], "reference": [], "update": [], "step": []}
 
     for step in range(WARM_UP + steps):
@@ -137,7 +163,13 @@ def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -
         stamps = [now(device)]
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
             done = sample_completions(
-                model, prompts, mask, item.group_size, acting, StopRule((), 0, item.length), uniforms
+                model,
+                prompts,
+                mask,
+                item.group_size,
+                acting,
+                StopRule((), 0, item.length),
+                uniforms,
             )
         rewards = torch.tensor(reward_of(done.tokens.tolist()), dtype=torch.float64)
         advantages = group_advantages(rewards, item.group_size, "group").to(device)
@@ -145,7 +177,9 @@ def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -
         chunks = torch.split(torch.arange(rows, device=device), item.micro_batch)
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed), torch.no_grad():
             kept = [
-                completion_scores(reference, tokens[c], masks[c], done.tokens[c], None, 1.0).logprobs
+                completion_scores(
+                    reference, tokens[c], masks[c], done.tokens[c], part(done.support, c), 1.0
+                ).logprobs
                 for c in chunks
             ]
         stamps.append(now(device))
@@ -153,8 +187,9 @@ def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -
         for chosen, ref in zip(chunks, kept, strict=True):
             with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
                 scores = completion_scores(
-                    model, tokens[chosen], masks[chosen], done.tokens[chosen], None, 1.0
-                )
+                    model, tokens[chosen], masks[chosen], done.tokens[chosen],
+                    part(done.support, chosen), 1.0,
+                )  # fmt: skip
             loss, _ = grpo_loss(
                 scores.logprobs, None, ref, done.mask[chosen], advantages[chosen], denominator,
                 0.2, 0.2, 0.01, "dapo",
@@ -165,13 +200,21 @@ def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -
         optimizer.zero_grad(set_to_none=True)
         stamps.append(now(device))
         if step >= WARM_UP:
-            pieces = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
-            for values, seconds in zip(phases.values(), [*pieces, stamps[-1] - stamps[0]], strict=True):
+            pieces = [b - a for a, b in pairwise(stamps)]
+            for values, seconds in zip(
+                phases.values(), [*pieces, stamps[-1] - stamps[0]], strict=True
+            ):
                 values.append(seconds)
-    return {"phases": phases, "peak_gb": peak_gb(device)}
+    return {"phases": phases, "peak_gb": peak_gb(device), "before_gb": before}
 
 
-def trl_arm(item: Item, folder: Path, steps: int, is_mixed: bool, is_tuned: bool, device: str) -> dict[str, Any]:
+def part(support: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if support is None else support[rows]
+
+
+def trl_arm(
+    item: Item, folder: Path, steps: int, is_mixed: bool, is_tuned: bool, device: str
+) -> dict[str, Any]:
     """The same steps by TRL's GRPOTrainer."""
     datasets, trl, transformers = map(importlib.import_module, ("datasets", "trl", "transformers"))
     if is_tuned:
@@ -200,7 +243,8 @@ def trl_arm(item: Item, folder: Path, steps: int, is_mixed: bool, is_tuned: bool
         num_generations=item.group_size, max_completion_length=item.length, beta=0.01,
         temperature=1.0, top_p=1.0, top_k=0, loss_type="dapo", learning_rate=1e-6,
         max_steps=WARM_UP + steps, max_grad_norm=1.0, save_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no", shuffle_dataset=False,
+        disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
+        shuffle_dataset=False,
         generation_kwargs={"min_new_tokens": item.length},
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
@@ -219,8 +263,12 @@ ARMS: dict[str, Callable[[Item, Path, int, str], dict[str, Any]]] = {
     "ours": lambda item, folder, steps, device: our_arm(item, folder, steps, False, device),
     "ours_bf16": lambda item, folder, steps, device: our_arm(item, folder, steps, True, device),
     "trl": lambda item, folder, steps, device: trl_arm(item, folder, steps, False, False, device),
-    "trl_tuned": lambda item, folder, steps, device: trl_arm(item, folder, steps, False, True, device),
-    "trl_bf16": lambda item, folder, steps, device: trl_arm(item, folder, steps, True, True, device),
+    "trl_tuned": lambda item, folder, steps, device: trl_arm(
+        item, folder, steps, False, True, device
+    ),
+    "trl_bf16": lambda item, folder, steps, device: trl_arm(
+        item, folder, steps, True, True, device
+    ),
 }
 
 
@@ -248,7 +296,9 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
         command = ["taskset", "-c", str(given.core), *command]
     env = dict(FAST if arm in ("trl_tuned", "trl_bf16") else os.environ)
     root = str(Path(__file__).resolve().parents[1])
-    env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": root} if is_ours else {})
+    env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"} | (
+        {"PYTHONPATH": root} if is_ours else {}
+    )
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -284,18 +334,23 @@ def ratio(report: dict[str, Any], peer: str, ours: str) -> str:
     a, b = seconds_of(report, peer), seconds_of(report, ours)
     if not a or not b:
         return "not measured"
-    return f"{statistics.median(a) / statistics.median(b):.2f} ({min(a) / max(b):.2f}-{max(a) / min(b):.2f})"
+    middle = statistics.median(a) / statistics.median(b)
+    return f"{middle:.2f} ({min(a) / max(b):.2f}-{max(a) / min(b):.2f})"
 
 
 def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
     """What the script is for: the distance to the floor and to TRL."""
-    lines, ours = [], seconds_of(report, "ours")
-    rate = report.get("ceilings", {}).get("float32_gflops" if report["device"] == "cpu" else "bfloat16_gflops")
-    if ours and rate:
-        floor, measured = item.gflop() / rate, statistics.median(ours)
-        lines.append(f"RATIO step {measured / floor:.2f}  (floor {floor:.2f} s, measured {measured:.2f} s)")
-    else:
-        lines.append("RATIO not measured")
+    is_cuda, rates = report["device"] == "cuda", report.get("ceilings")
+    arm = "ours_bf16" if is_cuda else "ours"
+    loops = [loop["phases"] for loop in report.get("arms", {}).get(arm, []) if "phases" in loop]
+    lines = ["RATIO not measured"]
+    if loops and isinstance(rates, dict):
+        gflops = rates["bfloat16_gflops" if is_cuda else "float32_gflops"]
+        floors = item.floors(gflops, rates["copy_gb_s"], is_cuda)
+        measured = {p: statistics.median(x for loop in loops for x in loop[p]) for p in floors}
+        shares = "  ".join(f"{phase} {measured[phase] / floors[phase]:.2f}" for phase in floors)
+        total = f"(floor {floors['step']:.2f} s, measured {measured['step']:.2f} s)"
+        lines = [f"RATIO {shares}  {total}"]
     lines.append(
         f"SPEEDUP vs TRL 1.16.0 as installed {ratio(report, 'trl', 'ours')}, tuned "
         f"{ratio(report, 'trl_tuned', 'ours')}, both bf16 {ratio(report, 'trl_bf16', 'ours_bf16')}"
@@ -315,13 +370,17 @@ def ceilings(item: Item, given: argparse.Namespace, folder: Path, report: dict[s
         rates[f"{str(dtype).removeprefix('torch.')}_gflops"] = round(2e-9 * size**3 / seconds, 1)
     source = torch.empty(2**24 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
-    rates["copy_gb_s"] = round(8e-9 * source.numel() / quickest(lambda: target.copy_(source), device), 1)
+    rates["copy_gb_s"] = round(
+        8e-9 * source.numel() / quickest(lambda: target.copy_(source), device), 1
+    )
     if device == "cuda":
         for rows in (512, 1024):
             for n, k in ((item.width, item.mlp_width), (2 * item.mlp_width, item.width)):
                 x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
                 w = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-                rates[f"gemm_{rows}x{k}x{n}_us"] = round(1e6 * quickest(lambda x=x, w=w: F.linear(x, w), device), 1)  # type: ignore[misc]
+                rates[f"gemm_{rows}x{k}x{n}_us"] = round(
+                    1e6 * quickest(lambda x=x, w=w: F.linear(x, w), device), 1
+                )  # type: ignore[misc]
     report["ceilings"] = rates
 
 
@@ -348,7 +407,9 @@ def correct(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
     torch.set_float32_matmul_precision("highest")
     ours = load_transformer(folder).to(given.device)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(given.device)
-    prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=given.device)[:4]
+    prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=given.device)[
+        :4
+    ]
     tokens = prompts.roll(1, 0)
     whole = torch.cat([prompts, tokens], dim=1)
     mask = torch.ones_like(prompts, dtype=torch.bool)
@@ -405,13 +466,172 @@ def simulator(item: Item, given: argparse.Namespace, folder: Path, report: dict[
     report["simulator"] = rates
 
 
+def parts(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
+    """Milliseconds of the pieces that are optimised, beside what they replaced."""
+    from minigrpo.double_integrator import DoubleIntegrator
+    from minigrpo.policy import ActingPolicy, nucleus
+    from minigrpo.prompts import Codec, parse_controls, render_controls
+    from minigrpo.runs import keep_freed_memory
+    from minigrpo.transformer import attend
+
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("medium")
+    q, k, v = (torch.randn(128, 2, 54, 32, requires_grad=True) for _ in range(3))
+    causal = torch.zeros(1, 1, 54, 54).masked_fill(~torch.ones(54, 54).tril().bool(), -torch.inf)
+    fused = F.scaled_dot_product_attention
+    torch.testing.assert_close(
+        attend(q, k, v, causal), fused(q, k, v, is_causal=True), rtol=1e-4, atol=1e-4
+    )
+    one = torch.randn(512, 2, 1, 32)
+    cache = torch.randn(2, 56, 512, 2, 32).permute(0, 2, 3, 1, 4)[:, :, :, :30]  # time-major
+    kept = torch.randn(2, 512, 2, 56, 32)[:, :, :, :30]
+    kept.copy_(cache)
+    torch.testing.assert_close(attend(one, *cache, None), fused(one, *kept), rtol=1e-4, atol=1e-4)
+    z, acting, sorted_z = torch.randn(512, 607), ActingPolicy(1.5, 0.9, 32), ActingPolicy(1.0, 1.0)
+    plant, codec = DoubleIntegrator(), Codec()
+    texts = [render_controls(3 * torch.rand(50) - 1.5, codec) for _ in range(1024)]
+    ended = torch.ones(len(texts), dtype=torch.bool)
+    arms: dict[str, Callable[[], object]] = {
+        "attention, training, 128 x 54 tokens": lambda: attend(q, k, v, causal).sum().backward(),
+        "  by scaled_dot_product_attention": lambda: (
+            fused(q, k, v, is_causal=True).sum().backward()
+        ),
+        "attention, decoding, 512 rows, 30 tokens": lambda: attend(one, *cache, None),
+        "  by scaled_dot_product_attention, batch-major": lambda: fused(one, *kept),
+        "nucleus of 512 rows, support 32": lambda: nucleus(z, acting),
+        "  by a sort of the vocabulary": lambda: torch.sort(
+            z, dim=-1, descending=True, stable=True
+        ),
+        "log-softmax of 512 rows, untruncated": lambda: nucleus(z, sorted_z),
+        "reading 1024 texts of 50 numbers": lambda: parse_controls(texts, ended, plant, codec),
+    }
+    report["parts"] = {name: round(1e3 * quickest(work, "cpu"), 2) for name, work in arms.items()}
+
+
+def scaling(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
+    """Seconds and memory of a step, top-p 0.9, support stored, micro-batches of 128 rows."""
+    table = {}
+    for name in SCALED:
+        with tempfile.TemporaryDirectory() as work:
+            write_work(ITEMS[f"scale {name}"], Path(work))
+            wanted = argparse.Namespace(**{**vars(given), "item": f"scale {name}", "steps": 2})
+            found = run_arm("ours", wanted, Path(work))
+        if "phases" in found:
+            step_s = statistics.median(found["phases"]["step"])
+            memory_mb = 1024 * (found["peak_gb"] - found["before_gb"])
+            found = {"step_s": round(step_s, 3), "memory_mb": round(memory_mb)}
+        table[name] = found
+        print(f"  {name:18s} {found}", flush=True)
+    report["scaling"] = table
+
+
+def decode(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
+    """CUDA: attention of one new token a layer, and samplers: ms, share of the copy rate."""
+    from minigrpo.policy import ActingPolicy, draw, nucleus
+    from minigrpo.transformer import attend
+
+    size, found = item.width // item.num_heads, {}
+    copy = report.get("ceilings", {}).get("copy_gb_s", float("nan"))
+    for rows in (512, 1024):
+        for context in (64, 320, 600):
+            q = torch.randn(rows, item.num_heads, 1, size, device="cuda", dtype=torch.bfloat16)
+            shape = (2, context, rows, item.num_kv_heads, size)
+            cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16).permute(0, 2, 3, 1, 4)
+            gb = 2e-9 * cache.numel()
+            for name, kv in (("time-major", cache), ("batch-major", cache.contiguous())):
+                seconds = quickest(lambda q=q, kv=kv: attend(q, *kv, None), "cuda")  # type: ignore[misc]
+                found[f"{rows} rows, context {context}, {name}"] = {
+                    "ms": round(1e3 * seconds, 3), "of_copy_rate": round(gb / seconds / copy, 3)
+                }  # fmt: skip
+        z, u = torch.randn(rows, item.vocab_size, device="cuda"), torch.rand(rows, device="cuda")
+        for top_p in (1.0, 0.9):
+            acting = ActingPolicy(1.0, top_p, 128)
+            seconds = quickest(lambda z=z, u=u, acting=acting: draw(nucleus(z, acting), u), "cuda")  # type: ignore[misc]
+            found[f"{rows} rows, sampler, top_p {top_p}"] = {"ms": round(1e3 * seconds, 3)}
+    report["decode"] = found
+
+
+def rollout(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
+    """CUDA: our rollout and that of transformers' generate, seconds and tokens a second."""
+    from transformers import AutoModelForCausalLM
+
+    from minigrpo.policy import ActingPolicy
+    from minigrpo.sampling import StopRule, sample_completions
+    from minigrpo.transformer import load_transformer
+
+    prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device="cuda")
+    mask, rows = torch.ones_like(prompts, dtype=torch.bool), item.num_prompts * item.group_size
+    uniforms, tokens = torch.rand(rows, item.length, device="cuda"), rows * item.length
+    ours, stop = load_transformer(folder).cuda().bfloat16(), StopRule((), 0, item.length)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    whole = prompts.repeat_interleave(item.group_size, 0)
+    arms: dict[str, Callable[[], object]] = {
+        "ours": lambda: sample_completions(
+            ours, prompts, mask, item.group_size, ActingPolicy(1.0, 1.0), stop, uniforms
+        ),
+        "generate": lambda: theirs.generate(
+            whole, attention_mask=torch.ones_like(whole), do_sample=True, top_k=0, top_p=1.0,
+            min_new_tokens=item.length, max_new_tokens=item.length, pad_token_id=0,
+        ),
+    }  # fmt: skip
+    found = {}
+    for name, work in arms.items():
+        torch.cuda.reset_peak_memory_stats()
+        seconds = quickest(work, "cuda", rounds=1, repeats=1)
+        found[name] = {
+            "s": round(seconds, 3),
+            "tokens_per_s": round(tokens / seconds),
+            "peak_gb": round(peak_gb("cuda"), 2),
+        }
+    report["rollout"] = found
+
+
+def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
+    """CUDA: forward and backward by micro-batch, plain and compiled a block at a time."""
+    from minigrpo.policy import completion_scores
+    from minigrpo.transformer import load_transformer
+
+    rate = report.get("ceilings", {}).get("bfloat16_gflops", float("nan"))
+    found = {}
+    for is_compiled in (False, True):
+        model = load_transformer(folder).cuda()
+        if is_compiled:
+            for block in model.blocks:
+                block.compile()
+        for rows in (8, 16, 32, 64):
+            prompts = torch.randint(item.vocab_size, (rows, item.prompt_length), device="cuda")
+            tokens = torch.randint(item.vocab_size, (rows, item.length), device="cuda")
+            mask = torch.ones_like(prompts, dtype=torch.bool)
+
+            def work(p: Any = prompts, m: Any = mask, t: Any = tokens) -> None:
+                with torch.autocast("cuda", torch.bfloat16):
+                    scores = completion_scores(model, p, m, t, None, 1.0)  # noqa: B023
+                scores.logprobs.sum().backward()
+
+            name = f"{rows} rows, {'compiled' if is_compiled else 'plain'}"
+            try:
+                torch.cuda.reset_peak_memory_stats()
+                seconds = quickest(work, "cuda", rounds=3, repeats=1)
+            except torch.cuda.OutOfMemoryError:
+                found[name] = {"failed": "out of memory"}
+                break
+            gflop = 6e-9 * item.num_matrix_parameters * rows * (item.prompt_length + item.length)
+            found[name] = {
+                "s": round(seconds, 3),
+                "of_ceiling": round(gflop / seconds / rate, 3),
+                "peak_gb": round(peak_gb("cuda"), 1),
+            }
+    report["train"] = found
+
+
 SECTIONS: dict[str, Callable[[Item, argparse.Namespace, Path, dict[str, Any]], None]] = {
-    "correct": correct,
-    "ceilings": ceilings,
-    "step": step,
-    "simulator": simulator,
+    "correct": correct, "ceilings": ceilings, "step": step, "simulator": simulator,
+    "parts": parts, "scaling": scaling, "decode": decode, "rollout": rollout, "train": train,
+}  # fmt: skip
+DEFAULT = {
+    "cpu": "correct,ceilings,step,simulator",
+    "cuda": "ceilings,correct,decode,rollout,train,step,simulator",
 }
-DEFAULT = {"cpu": "correct,ceilings,step,simulator", "cuda": "ceilings,correct,decode,rollout,train,step,simulator"}
 
 
 def save(report: dict[str, Any], out: str) -> None:
@@ -420,14 +640,18 @@ def save(report: dict[str, Any], out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--item", choices=tuple(ITEMS), default=None)
     parser.add_argument("--sections", default="")
     parser.add_argument("--loops", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--core", type=int, default=None, help="pin every arm to this core")
-    parser.add_argument("--peer-python", default="", help="an interpreter that has trl; empty: not measured")
+    parser.add_argument(
+        "--peer-python", default="", help="an interpreter that has trl; empty: not measured"
+    )
     parser.add_argument("--arms", default="", help="only these, with commas")
     parser.add_argument("--budget-s", type=float, default=3600.0)
     parser.add_argument("--out", default="")
@@ -439,7 +663,9 @@ def main() -> None:
     if given.device == "cpu":
         torch.set_num_threads(1)
     if given.arm:
-        print("RESULT", json.dumps(ARMS[given.arm](item, Path(given.work), given.steps, given.device)))
+        print(
+            "RESULT", json.dumps(ARMS[given.arm](item, Path(given.work), given.steps, given.device))
+        )
         return
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -450,7 +676,6 @@ def main() -> None:
     report: dict[str, Any] = {
         "item": given.item, "device": given.device, "hardware": gpu or platform.machine(),
         "torch": torch.__version__, "threads": torch.get_num_threads(), "steps": given.steps,
-        "gflop_a_step": round(item.gflop(), 1),
     }  # fmt: skip
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
