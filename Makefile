@@ -44,7 +44,7 @@ smoke: venv
 	$(PY) train_sft.py --save-dir $$dir/sft --horizon 10 --steps 40 --num-demonstrations 64 \
 		--batch-size 16 --micro-batch-size 8 --eval-every 20 --eval-cases 16; \
 	$(PY) train_grpo.py --init $$dir/sft --save-dir $$dir/grpo --steps 3 --prompts-per-step 8 \
-		--group-size 4 --micro-batch-size 8 --eval-every 2 --eval-cases 16 --save-every 2; \
+		--num-minibatches 4 --group-size 4 --micro-batch-size 8 --eval-every 2 --eval-cases 16 --save-every 2; \
 	$(PY) train_grpo.py --save-dir $$dir/grpo --resume --steps 4; \
 	$(PY) evaluate.py --model-path $$dir/grpo --baseline $$dir/sft --num-cases 16 --mpc-cases 2; \
 	test -s $$dir/grpo/evaluation/evaluation.json; echo "smoke: SFT, GRPO, resume, evaluation: ok"

@@ -1,17 +1,16 @@
-"""The study of README, Results: train arms over seeds, evaluate each on the held-out starts, print
-one table.
+"""The study of README, Results: train arms, evaluate them, print the tables, draw the figures.
 
-    python benchmarks/study.py                                     every arm, seeds 0 1 2 (hours on
-    two cores)
-    python benchmarks/study.py --arms default --seeds 0 1 2        one arm
-    python benchmarks/study.py --table                             the table of what
-    benchmarks/results/ holds
+    python benchmarks/study.py                          everything, seeds 1 2 3: hours
+    python benchmarks/study.py --arms default --seeds 1 one arm with one seed
+    python benchmarks/study.py --table                  the tables of what benchmarks/results/ holds
+    python benchmarks/study.py --figures docs           the pictures of it
 
-An arm is a list of flags for train_sft.py and train_grpo.py; arms that share their SFT flags share
-the SFT run of a seed. Runs
-go to --work-dir and resume when the study is started again; each finished one leaves a small JSON
-file in benchmarks/results/
-with its flags, commit, seconds, learning curve and evaluation.
+Long arms (default, more_sft_*) train with the defaults and are evaluated on 512 held-out starts.
+Short arms change one thing in a run of 40 steps of 1,024 completions from the same SFT model, and
+are compared on 256 validation starts: `short` with several seeds says how much of a difference is
+noise. Runs go to --work-dir and resume when the study is started again; each finished one leaves a
+small JSON file in benchmarks/results/ with its flags, commit, seconds, learning curve and numbers.
+Seed 0 is where settings were chosen; no number that is reported uses it.
 """
 
 from __future__ import annotations
@@ -23,41 +22,70 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from minigrpo import evaluation, plots  # noqa: E402
+from minigrpo.checkpoint import load_model  # noqa: E402
+from minigrpo.data import split_starts  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 CURVE = (
     "reward/total",
     "eval/greedy_reward",
     "eval/sampled_reward",
+    "eval/final_error",
     "rollout/frac_valid",
-    "time/step_s",
+    "update/learning_rate",
 )
+SHORT = (
+    "--steps 40 --prompts-per-step 64 --num-minibatches 8 --save-every 40 --eval-every 20 "
+    "--learning-rate 1e-3"
+)
+PARTS = 3  # learning rates that share the processor time of GRPO, spent on more SFT
+MORE_SFT = ("1e-3", "2e-3", "4e-3")
 
-# name -> (flags of train_sft.py, flags of train_grpo.py or None: the arm is supervised training
-# alone)
-ARMS: dict[str, tuple[list[str], list[str] | None]] = {
-    "default": ([], []),
-    "more_sft_2e-3": (["--steps", "6000", "--learning-rate", "2e-3"], None),
-    "more_sft_4e-3": (["--steps", "6000"], None),
-    "more_sft_8e-3": (["--steps", "6000", "--learning-rate", "8e-3"], None),
-    "punishment": ([], ["--reward", "punishment"]),
-    "uncapped_constraints": ([], ["--reward-constraints", "8", "--reward-constraints-cap", "1e9"]),
-    "temperature_1_top_p_1": ([], ["--temperature", "1", "--top-p", "1"]),
-    "temperature_1_top_p_0.9": ([], ["--temperature", "1"]),
-    "temperature_1.5_top_p_1": ([], ["--top-p", "1"]),
-    "std_batch": ([], ["--advantage-std", "batch"]),
-    "std_none": ([], ["--advantage-std", "none", "--max-grad-norm", "10"]),
-    "kl_0": ([], ["--kl-beta", "0"]),
-    "kl_0.1": ([], ["--kl-beta", "0.1"]),
-    "group_4": ([], ["--group-size", "4", "--prompts-per-step", "256"]),
-    "group_8": ([], ["--group-size", "8", "--prompts-per-step", "128"]),
-    "group_32": ([], ["--group-size", "32", "--prompts-per-step", "32"]),
-    "lr_2.5e-4": ([], ["--learning-rate", "2.5e-4"]),
-    "lr_1e-3": ([], ["--learning-rate", "1e-3"]),
-    "minibatches_1": ([], ["--num-minibatches", "1"]),
-    "minibatches_4": ([], ["--num-minibatches", "4"]),
-    "minibatches_16": ([], ["--num-minibatches", "16"]),
+# Short arms: flags of train_grpo.py after SHORT; `sft` before a bar are flags of train_sft.py.
+SHORT_ARMS = {
+    "short": "",
+    "punishment": "--reward punishment",
+    "uncapped_constraints": "--reward-constraints 8 --reward-constraints-cap 1e9",
+    "baseline_0": "--reward-baseline 0",
+    "temperature_1_top_p_1": "--temperature 1 --top-p 1",
+    "temperature_1_top_p_0.9": "--temperature 1",
+    "temperature_1.5_top_p_1": "--top-p 1",
+    "temperature_2_top_p_0.9": "--temperature 2",
+    "full_softmax": "",
+    "full_softmax_temperature_1": "--temperature 1",
+    "std_group": "--advantage-std group",
+    "std_none": "--advantage-std none --max-grad-norm 10",
+    "kl_0": "--kl-beta 0",
+    "kl_0.1": "--kl-beta 0.1",
+    "group_4": "--group-size 4 --prompts-per-step 256",
+    "group_8": "--group-size 8 --prompts-per-step 128",
+    "group_32": "--group-size 32 --prompts-per-step 32",
+    "lr_5e-4": "--learning-rate 5e-4",
+    "lr_2e-3": "--learning-rate 2e-3",
+    "minibatches_1": "--num-minibatches 1",
+    "minibatches_2": "--num-minibatches 2",
+    "minibatches_32": "--num-minibatches 32",
+    "epochs_2": "--num-epochs 2",
+    "clip_higher": "--clip-eps-high 0.28",
+    "control_variate": "--control-variate lqr",
+    "curriculum": "--curriculum-steps 30",
+    "annealed_temperature": "--final-temperature 1",
+    "plateau": "--plateau-patience 5",
+    "adaptive_terminal": "--adaptive-terminal",
+    "accuracy": "--reward-terminal 50 --reward-efficiency 5",
+    "effort": "--reward-terminal 12.5 --reward-efficiency 20",
+    "clean_demonstrations": "--demonstration-noise 0 |",
+    "narrow_labels": "--smoothing-width 0.01 |",
+    "two_heads": "--num-heads 2 |",
 }
+LONG_ARMS = ("default", *(f"more_sft_{rate}" for rate in MORE_SFT))
 
 
 def train(script: str, folder: Path, flags: list[str]) -> None:
@@ -69,119 +97,241 @@ def train(script: str, folder: Path, flags: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-def run_arm(name: str, seed: int, work_dir: Path, num_cases: int) -> None:
-    """One arm with one seed: train, evaluate on the test starts, leave the small file."""
-    sft_flags, grpo_flags = ARMS[name]
-    sft = work_dir / f"sft-{'-'.join(sft_flags).replace('--', '') or 'default'}-seed{seed}"
-    train("train_sft.py", sft, [*sft_flags, "--seed", str(seed)])
-    evaluate = [
-        sys.executable,
-        str(ROOT / "evaluate.py"),
-        "--skip-mpc",
-        "--overwrite",
-        "--num-cases",
-        str(num_cases),
-    ]
-    if grpo_flags is None:
-        folder, trained = sft, sft
-        evaluate += ["--model-path", str(sft)]
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def seconds_of(folder: Path) -> float:
+    """Of the training steps, without evaluations and start-up."""
+    return sum(row.get("time/step_s", 0.0) for row in metrics_of(folder))
+
+
+def trained_sft(flags: list[str], seed: int, work_dir: Path) -> Path:
+    """The SFT run with these flags and this seed; arms with equal flags share it."""
+    folder = work_dir / f"sft-{'-'.join(flags).replace('--', '') or 'default'}-seed{seed}"
+    train("train_sft.py", folder, [*flags, "--seed", str(seed)])
+    return folder
+
+
+def more_sft_steps(seed: int, work_dir: Path) -> int:
+    """Supervised steps that take 1 / PARTS of GRPO's seconds."""
+    grpo, sft = work_dir / f"default-seed{seed}", trained_sft([], seed, work_dir)
+    per_step = seconds_of(sft) / (len(metrics_of(sft)) - 1)
+    return round(seconds_of(grpo) / PARTS / per_step)
+
+
+def evaluated(folder: Path, baseline: Path | None, place: str, flags: list[str]) -> dict:  # type: ignore[type-arg]
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--skip-mpc", "--overwrite", *flags]
+    command += ["--model-path", str(folder), "--save-dir", str(folder / place)]
+    command += [] if baseline is None else ["--baseline", str(baseline)]
+    subprocess.run(command, check=True)
+    report: dict = json.loads((folder / place / "evaluation.json").read_text())  # type: ignore[type-arg]
+    return report
+
+
+def error_by_step(folder: Path) -> list[float]:
+    """Mean distance from rest of the greedy plans at each of the T + 1 states, held-out starts."""
+    model, task, _ = load_model(folder)
+    starts = split_starts(task.plant).test[:512]
+    flown = evaluation.evaluate_policy(model.eval(), starts, task, None, 0).states
+    return [float(value) for value in flown.norm(dim=2).mean(dim=0)]
+
+
+def run_arm(name: str, seed: int, work_dir: Path) -> None:
+    """One arm with one seed: train, evaluate, leave the small file."""
+    record: dict[str, object] = {"arm": name, "seed": seed}
+    if name.startswith("more_sft"):
+        flags = ["--steps", str(more_sft_steps(seed, work_dir)), "--eval-every", "100"]
+        flags += ["--learning-rate", name.removeprefix("more_sft_"), "--save-every", "2000"]
+        folder = trained_sft(flags, seed, work_dir)
+        record["flags"] = " ".join(flags)
+        record["report"] = evaluated(folder, None, "evaluation", [])
+    elif name == "default":
+        sft, folder = trained_sft([], seed, work_dir), work_dir / f"default-seed{seed}"
+        train("train_grpo.py", folder, ["--init", str(sft), "--seed", str(seed)])
+        record["flags"] = ""
+        record["report"] = evaluated(folder, sft, "evaluation", ["--best-of", "16"])
+        record["sft_temperature_0.5"] = evaluated(sft, None, "cold", ["--temperature", "0.5"])
+        record["sft_seconds"] = seconds_of(sft)
+        record["error_by_step"] = {"sft": error_by_step(sft), "grpo": error_by_step(folder)}
     else:
-        folder = trained = work_dir / f"{name}-seed{seed}"
-        train("train_grpo.py", folder, ["--init", str(sft), *grpo_flags, "--seed", str(seed)])
-        evaluate += ["--model-path", str(folder), "--baseline", str(sft)]
-    place = folder / "evaluation"
-    subprocess.run([*evaluate, "--save-dir", str(place)], check=True)
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    curve = [
-        {"step": row["step"], **{key: row[key] for key in CURVE if key in row}} for row in rows
-    ]
-    provenance = json.loads((trained / "provenance.json").read_text())
-    report = json.loads((place / "evaluation.json").read_text())
-    record = {
-        "arm": name,
-        "seed": seed,
-        "sft_flags": sft_flags,
-        "grpo_flags": grpo_flags,
-        "commit": provenance["commit"],
-        "dirty": provenance["dirty"],
-        "threads": provenance["threads"],
-        "seconds": sum(row.get("time/step_s", 0.0) for row in rows),
-        "policies": report["policies"],
-        "comparison": report["comparison"],
-        "num_cases": report["num_cases"],
-        "curve": curve if grpo_flags is not None else curve[:: max(1, len(curve) // 60)],
-    }
+        before, bar, after = SHORT_ARMS[name].partition("|")
+        sft_flags, grpo_flags = (before, after) if bar else ("", before)
+        sft, folder = trained_sft(sft_flags.split(), seed, work_dir), work_dir / f"{name}-s{seed}"
+        script = "benchmarks/full_softmax.py" if "full_softmax" in name else "train_grpo.py"
+        flags = [*SHORT.split(), *grpo_flags.split(), "--init", str(sft), "--seed", str(seed)]
+        train(script, folder, flags)
+        record["flags"] = SHORT_ARMS[name]
+    rows, provenance = metrics_of(folder), json.loads((folder / "provenance.json").read_text())
+    curve = [{"step": row["step"], **{k: row[k] for k in CURVE if k in row}} for row in rows]
+    curve = [row for row in curve if len(row) > 2 or name == "default"]  # SFT: evaluations only
+    record |= {key: provenance[key] for key in ("commit", "dirty", "threads", "world_size")}
+    record |= {"seconds": seconds_of(folder), "curve": curve}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}-seed{seed}.json").write_text(json.dumps(record) + "\n")
 
 
-def table() -> str:
-    """Mean and range over seeds of each arm that has results."""
+def records_of(name: str) -> list[dict]:  # type: ignore[type-arg]
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and the values where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.mean(values):{form}} ({', '.join(f'{v:{form}}' for v in values)})"
+
+
+def main_table() -> str:
+    """Policies on the held-out starts: mean over seeds, each seed in brackets."""
+    found = records_of("default")
+    if not found:
+        return "no result of the arm default yet"
+    rows: list[tuple[str, list[dict]]] = []  # type: ignore[type-arg]
+    for policy, mode, title in (
+        ("lqr", "greedy", "LQR"),
+        ("lqr_rounded", "greedy", "LQR rounded to text"),
+        ("sft", "greedy", "SFT, greedy"),
+        ("grpo", "greedy", "GRPO, greedy"),
+        ("sft", "sampled", "SFT, sampled"),
+        ("grpo", "sampled", "GRPO, sampled"),
+        ("sft", "best_of", "SFT, best of 16 by the simulator"),
+        ("grpo", "best_of", "GRPO, best of 16 by the simulator"),
+    ):
+        rows.append((title, [one["report"]["policies"][policy][mode] for one in found]))
+    cold = [one["sft_temperature_0.5"]["policies"]["sft"]["sampled"] for one in found]
+    rows.append(("SFT, sampled at temperature 0.5", cold))
+    for rate in MORE_SFT:
+        more = records_of(f"more_sft_{rate}")
+        for mode in ("greedy", "sampled") if more else ():
+            summaries = [one["report"]["policies"]["sft"][mode] for one in more]
+            rows.append((f"more SFT, learning rate {rate}, {mode}", summaries))
     lines = [
-        "| arm | seeds | SFT greedy / sampled | after, greedy | sampled "
-        "| gap closed greedy / sampled | final error | valid | s |"
+        "| policy | reward | final error | cost / LQR's | valid |",
+        "|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for name in ARMS:
-        records = [
-            json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))
-        ]
-        if not records:
-            continue
-        policy = "sft" if records[0]["grpo_flags"] is None else "grpo"
-
-        def spread(policy: str, mode: str, key: str, form: str, records: list = records) -> str:  # type: ignore[type-arg]
-            values = [record["policies"][policy][mode][key] for record in records]
-            return f"{statistics.mean(values):{form}} ({min(values):{form}}..{max(values):{form}})"
-
-        gaps = []
-        for mode in ("greedy", "sampled"):
-            found = [record["comparison"].get(mode) for record in records]
-            shares = [one["gap_closed"] for one in found if one and one["gap_closed"] is not None]
-            gaps.append(
-                f"{statistics.mean(shares):.0%} ({min(shares):.0%}..{max(shares):.0%})"
-                if shares
-                else "-"
-            )
-        base = [spread("sft", mode, "reward_mean", ".1f") for mode in ("greedy", "sampled")]
+    for title, summaries in rows:
         cells = [
-            name,
-            str(len(records)),
-            " / ".join(base),
-            spread(policy, "greedy", "reward_mean", ".1f"),
-            spread(policy, "sampled", "reward_mean", ".1f"),
-            " / ".join(gaps),
-            spread(policy, "greedy", "final_error_mean", ".3f"),
-            spread(policy, "greedy", "frac_valid", ".1%"),
-            f"{statistics.mean(record['seconds'] for record in records):.0f}",
+            spread([float(one[key]) for one in summaries], form)
+            for key, form in (
+                ("reward_mean", ".1f"),
+                ("final_error_mean", ".3f"),
+                ("cost_ratio", ".3f"),
+                ("frac_valid", ".1%"),
+            )
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    for mode in ("greedy", "sampled"):
+        for one in found:
+            gain = one["report"]["comparison"][mode]
+            low, high = gain["reward_difference_ci95"]
+            share = f"{gain['gap_closed']:.0%} {[round(x, 2) for x in gain['gap_closed_ci95']]}"
+            lines.append(
+                f"seed {one['seed']}, {mode}: gain {gain['reward_difference']:+.1f} "
+                f"[{low:.1f}, {high:.1f}], gap closed {share}, {one['seconds']:.0f} s"
+            )
     return "\n".join(lines)
+
+
+def component_table() -> str:
+    """Reward components of the greedy plans before and after, mean over seeds."""
+    found = [one["report"]["policies"] for one in records_of("default")]
+    names = [key for key in found[0]["sft"]["greedy"] if key.startswith("reward_")] if found else []
+    lines = ["| component | SFT | GRPO | LQR |", "|---|---|---|---|"]
+    for key in names:
+        if key not in ("reward_mean", "reward_ci95"):
+            means = [
+                statistics.mean(one[policy]["greedy"][key] for one in found)
+                for policy in ("sft", "grpo", "lqr")
+            ]
+            lines.append(f"| {key[7:]} | {' | '.join(f'{value:.2f}' for value in means)} |")
+    return "\n".join(lines)
+
+
+def short_table() -> str:
+    """Short arms: change over the run on the validation starts."""
+    lines = [
+        "| arm | flags | seeds | greedy | sampled | final error | least valid | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in SHORT_ARMS:
+        found = records_of(name)
+        if not found:
+            continue
+        ends = [(one["curve"][0], one["curve"][-1]) for one in found]
+        cells = [
+            spread([last[key] - first[key] for first, last in ends], form)
+            for key, form in (
+                ("eval/greedy_reward", "+.1f"),
+                ("eval/sampled_reward", "+.1f"),
+                ("eval/final_error", "+.3f"),
+            )
+        ]
+        least = min(row.get("rollout/frac_valid", 1.0) for one in found for row in one["curve"])
+        seconds = statistics.mean(one["seconds"] for one in found)
+        flags = f"`{found[0]['flags']}`" if found[0]["flags"] else ""
+        seeds = " ".join(str(one["seed"]) for one in found)
+        lines.append(
+            f"| {name} | {flags} | {seeds} | {' | '.join(cells)} | {least:.0%} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_figures(folder: Path) -> None:
+    """Learning curves with the range over seeds, old against new reward, error by step."""
+    found, more = (
+        records_of("default"),
+        [one for r in MORE_SFT for one in records_of(f"more_sft_{r}")],
+    )
+    curves = {}
+    for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
+        curves[f"grpo {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
+        if more:
+            best = max(more, key=lambda one: max(r.get(key, 0.0) for r in one["curve"]))
+            curves[f"sft {label}, more steps"] = [curve_of(best, key, best["seconds"])]
+    lqr = found[0]["report"]["policies"]["lqr"]["greedy"]["reward_mean"]
+    plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, "processor time (s)")
+    rewards = {}
+    for name in ("short", "uncapped_constraints", "punishment"):
+        if records := records_of(name):
+            rewards[f"{name} greedy"] = [curve_of(r, "eval/greedy_reward") for r in records]
+    if rewards:
+        plots.plot_seed_bands(folder / "old_and_new_reward.png", rewards, lqr, "step")
+    lines = {
+        policy: torch.tensor([one["error_by_step"][policy] for one in found]).mean(dim=0)
+        for policy in ("sft", "grpo")
+    }
+    as_states = {name: torch.stack([line, 0 * line], dim=1)[None] for name, line in lines.items()}
+    plots.plot_error_by_step(folder / "error_by_step.png", as_states, 0.1)
+
+
+def curve_of(record: dict, key: str, seconds: float | None = None) -> plots.Series:  # type: ignore[type-arg]
+    """Steps (or, given the seconds of the whole run, seconds) and values of one metric."""
+    rows = [row for row in record["curve"] if key in row]
+    steps = np.array([row["step"] for row in rows], dtype=float)
+    scale = 1.0 if seconds is None else seconds / steps[-1]
+    return steps * scale, np.array([row[key] for row in rows])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=list(ARMS),
-        default=list(ARMS),
-        metavar="ARM",
-        help=", ".join(ARMS),
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arms = [*LONG_ARMS, *SHORT_ARMS]
+    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help=", ".join(arms))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--num-cases", type=int, default=512)
-    parser.add_argument("--table", action="store_true", help="print the table and train nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables, train nothing")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw, train nothing")
     given = parser.parse_args()
-    if not given.table:
-        for seed in given.seeds:
-            for name in given.arms:
-                if not (RESULTS / f"{name}-seed{seed}.json").is_file():
-                    run_arm(name, seed, given.work_dir, given.num_cases)
-    print(table())
+    if given.figures:
+        draw_figures(given.figures)
+        return
+    for seed in [] if given.table else given.seeds:
+        for name in given.arms or arms:
+            if not (RESULTS / f"{name}-seed{seed}.json").is_file():
+                run_arm(name, seed, given.work_dir)
+    print(main_table(), component_table(), short_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -316,11 +316,13 @@ class EvalConfig(Settings):
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {},
     ("tiny", GRPOConfig): {
-        "prompts_per_step": 64,
-        "num_minibatches": 8,
+        "prompts_per_step": 128,
+        "num_minibatches": 16,
         "micro_batch_size": 128,
+        "rows_per_batch": 1024,
         "support_size": 32,
-        "learning_rate": 5e-4,
+        "advantage_std": "batch",
+        "learning_rate": 7e-4,
     },
     ("pretrained", SFTConfig): {
         "learning_rate": 2e-5,

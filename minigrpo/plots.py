@@ -8,7 +8,7 @@ from the same starts in the same order. A name is a policy, or a policy and a mo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -106,6 +106,26 @@ def plot_learning_curve(path: Path, metrics: Path) -> None:
             _draw_gains(axes[1], {name: series[name] for name in components})
         for axis in axes:
             axis.set_xlabel("step")
+
+
+def plot_seed_bands(
+    path: Path, curves: Mapping[str, Sequence[Series]], lqr_reward: float, horizontal: str
+) -> None:
+    """Reward curves: the mean over the seeds of each name, and the range between them shaded."""
+    with _picture(path, 1, 1, (7.2, 4.4)) as (_, [[axis]]):
+        for place, (name, seeds) in enumerate(curves.items()):
+            length = min(len(values) for _, values in seeds)
+            steps = np.mean([steps[:length] for steps, _ in seeds], axis=0)
+            values = np.stack([values[:length] for _, values in seeds])  # [seeds, length]
+            colour = PALETTE[place % len(PALETTE)]
+            axis.plot(steps, values.mean(axis=0), color=colour, label=name)
+            axis.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2
+            )
+        axis.axhline(lqr_reward, color="#000000", linewidth=1.2, linestyle="--", label="LQR")
+        axis.set_xlabel(horizontal)
+        axis.set_ylabel("reward (points)")
+        axis.legend()
 
 
 def read_metrics(path: Path) -> dict[str, Series]:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from minigrpo.plots import (
     plot_error_by_step,
     plot_learning_curve,
     plot_phase_portrait,
+    plot_seed_bands,
     plot_time_series,
     read_metrics,
 )
@@ -166,6 +168,19 @@ def test_learning_curve_of_sft_has_no_components(tmp_path, drawn):
     plot_learning_curve(tmp_path / "curve.png", path)
     (axis,) = drawn[0].axes
     assert lines(axis)["validation, greedy"].tolist() == [[0.0, 1.5]]
+
+
+def test_seed_bands_are_mean_and_range_over_seeds_up_to_the_shortest(tmp_path, drawn):
+    steps = np.array([0.0, 10.0, 20.0])
+    seeds = [(steps, np.array([1.0, 5.0, 6.0])), (steps[:2], np.array([3.0, 2.0]))]
+    plot_seed_bands(tmp_path / "bands.png", {"grpo": seeds}, 9.0, "step")
+    check_png(tmp_path / "bands.png")
+    (axis,) = drawn[0].axes
+    shown = lines(axis)
+    assert shown["grpo"].tolist() == [[0.0, 2.0], [10.0, 3.5]]
+    assert set(shown["LQR"][:, 1].tolist()) == {9.0}
+    corners = {tuple(point) for point in axis.collections[0].get_paths()[0].vertices.tolist()}
+    assert {(0.0, 1.0), (0.0, 3.0), (10.0, 2.0), (10.0, 5.0)} <= corners
 
 
 def test_metrics_are_read_without_nulls_and_without_a_line_being_written(tmp_path):

@@ -76,7 +76,7 @@ def test_width_zero_is_the_identity():
 @torch.no_grad()
 def test_the_loss_is_cross_entropy_on_the_labelled_tokens(tied):
     model, batch = a_model(tied=tied), a_batch()
-    labels = torch.where(batch.completion_mask, batch.tokens, -100)
+    labels = torch.where(batch.completion_mask, batch.labels, -100)
     z = model(batch.tokens, None, None, logits)
     expected = F.cross_entropy(
         z[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
@@ -88,6 +88,7 @@ def test_the_loss_is_cross_entropy_on_the_labelled_tokens(tied):
 def test_the_loss_is_minus_the_logprob_that_the_policy_gives_the_completions():
     """One row at a time through the scorer at temperature 1: first token and EOS included."""
     model, batch, total = a_model(), a_batch(), 0.0
+    batch = replace(batch, labels=batch.tokens)
     for n in range(5):
         prompt = batch.tokens[n][batch.mask[n] & ~batch.completion_mask[n]].view(1, -1)
         completion = batch.tokens[n][batch.completion_mask[n]].view(1, -1)
@@ -105,7 +106,7 @@ def test_the_smoothed_loss_is_that_of_a_slow_loop(width):
     logp = F.log_softmax(model(batch.tokens, None, None, logits), dim=-1)
     expected = 0.0
     for n, k in batch.completion_mask.nonzero().tolist():
-        expected -= float(targets[batch.tokens[n, k]] @ logp[n, k - 1])
+        expected -= float(targets[batch.labels[n, k]] @ logp[n, k - 1])
     loss = sft_loss(model, batch, smoothing_matrix(VALUES, width))
     assert math.isclose(loss, expected, rel_tol=1e-12)
     if width == 0:
@@ -119,9 +120,7 @@ def test_only_labelled_tokens_have_a_loss():
     assert math.isclose(loss, sft_loss(model, a_batch(fill=1), None), rel_tol=1e-12)  # pad is eos
     alone = [sft_loss(model, batch.rows(torch.tensor([n])), None) for n in range(5)]
     assert math.isclose(loss, sum(alone), rel_tol=1e-12)
-    longer = SFTBatch(
-        *(F.pad(t, (0, 4)) for t in (batch.tokens, batch.mask, batch.completion_mask))
-    )
+    longer = SFTBatch(*(F.pad(t, (0, 4)) for t in vars(batch).values()))
     assert math.isclose(loss, sft_loss(model, longer, None), rel_tol=1e-12)
     unlabelled = replace(batch, completion_mask=torch.zeros_like(batch.mask))
     assert sft_loss(model, unlabelled, None) == 0

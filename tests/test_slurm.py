@@ -175,6 +175,19 @@ def test_a_cancelled_job_is_saved_and_stays_cancelled(
     assert about(job)["JobState"] == "CANCELLED" and about(job)["Restarts"] == "0"
 
 
+def test_a_batch_script_that_alone_gets_sigterm_saves_and_does_not_requeue(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """After scancel torchrun gets it too and fails; here the run ends well, and must stay ended."""
+    folder = tmp_path / "run"
+    job = submit("slurm/sft.sbatch", *SFT, *ENDLESS)
+    until(training(folder))
+    subprocess.run(["scancel", "--batch", "--signal=TERM", job], check=True)
+    until(lambda: (folder / "STATUS").read_text() == "stopped\n")
+    until(lambda: about(job)["JobState"] not in ("RUNNING", "COMPLETING"))
+    assert (about(job)["JobState"], about(job)["Restarts"]) == ("FAILED", "0")
+
+
 def test_a_preempted_job_is_saved_and_goes_on(submit: Callable[..., str], tmp_path: Path) -> None:
     """Slurm sends SIGTERM and requeues by itself; the script must not requeue once more."""
     folder = tmp_path / "run"

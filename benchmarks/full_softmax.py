@@ -1,0 +1,25 @@
+"""GRPO as most implementations do it: sampled from the nucleus, scored by the whole softmax.
+
+An arm of the study (README, Ablations): train_grpo.py with its flags, except that current, old and
+reference log-probs forget the stored support. The ratio is still 1 on the first update, and the
+gradient is that of another policy than the one that acted.
+"""
+
+from functools import wraps
+
+import minigrpo.rollout
+import minigrpo.update
+import train_grpo
+from minigrpo.policy import completion_scores
+from minigrpo.runs import run_command
+
+
+@wraps(completion_scores)
+def scored_by_the_whole_softmax(model, prompt_tokens, prompt_mask, tokens, support, temperature):  # type: ignore[no-untyped-def]
+    return completion_scores(model, prompt_tokens, prompt_mask, tokens, None, temperature)
+
+
+if __name__ == "__main__":
+    minigrpo.rollout.completion_scores = scored_by_the_whole_softmax  # type: ignore[attr-defined]
+    minigrpo.update.completion_scores = scored_by_the_whole_softmax  # type: ignore[attr-defined]
+    run_command(train_grpo.main)
