@@ -263,9 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return metrics
 
         run.start(done if start else -1, config.steps)
-        if not start:
-            run.log(0, evaluate(0))
-        stopped, last, num_skipped, history = False, False, 0, run.history()
+        if start:
+            history = run.history()
+        else:
+            history = [evaluate(0)]
+            run.log(0, history[0])
+        stopped, last, num_skipped = False, False, 0
 
         def column(name: str) -> list[float]:
             return [row[name] for row in history if name in row]
@@ -273,9 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def converged() -> bool:
             return has_converged(column("eval/greedy_reward"), config.stop_patience)
 
-        for step in range(done, config.steps):
-            if converged():  # before this process resumed it
-                break
+        todo = range(0) if converged() else range(done, config.steps)  # not into more steps
+        for step in todo:
             began = time.perf_counter()
             acting = config
             if config.final_temperature:

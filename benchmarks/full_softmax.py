@@ -5,7 +5,10 @@ reference log-probs forget the stored support. The ratio is still 1 on the first
 gradient is that of another policy than the one that acted.
 """
 
-from functools import wraps
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the trainer stands there
 
 import minigrpo.rollout
 import minigrpo.update
@@ -14,7 +17,6 @@ from minigrpo.policy import completion_scores
 from minigrpo.runs import run_command
 
 
-@wraps(completion_scores)
 def scored_by_the_whole_softmax(model, prompt_tokens, prompt_mask, tokens, support, temperature):  # type: ignore[no-untyped-def]
     return completion_scores(model, prompt_tokens, prompt_mask, tokens, None, temperature)
 

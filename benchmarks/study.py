@@ -5,11 +5,13 @@
     python benchmarks/study.py --table                  the tables of what benchmarks/results/ holds
     python benchmarks/study.py --figures docs           the pictures of it
 
-Long arms (default, more_sft_*) train with the defaults and are evaluated on 512 held-out starts.
-Short arms change one thing in a run of 40 steps of 1,024 completions from the same SFT model, and
-are compared on 256 validation starts: `short` with several seeds says how much of a difference is
-noise. Runs go to --work-dir and resume when the study is started again; each finished one leaves a
-small JSON file in benchmarks/results/ with its flags, commit, seconds, learning curve and numbers.
+Long arms (default, more_sft_*) train with the defaults and are evaluated on 512 held-out starts;
+the three arms more_sft_* share the processor time of GRPO, a third each. Short arms are runs of 40
+steps of 1,024 completions from the same SFT model; each differs from the arm `short` by the flags
+that the table shows, and they are compared on 256 validation starts: `short` with several seeds
+says how much of a difference is noise. Runs go to --work-dir and resume when the study is started
+again; each finished one leaves a small JSON file in benchmarks/results/ with its flags, commit,
+seconds, learning curve and numbers.
 Seed 0 is where settings were chosen; no number that is reported uses it.
 """
 
@@ -30,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 from minigrpo import evaluation, plots  # noqa: E402
 from minigrpo.checkpoint import load_model  # noqa: E402
+from minigrpo.config import EvalConfig  # noqa: E402
 from minigrpo.data import split_starts  # noqa: E402
+from minigrpo.double_integrator import DoubleIntegrator  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 CURVE = (
@@ -38,6 +42,7 @@ CURVE = (
     "eval/greedy_reward",
     "eval/sampled_reward",
     "eval/final_error",
+    "eval/lqr_reward",
     "rollout/frac_valid",
     "update/learning_rate",
 )
@@ -116,6 +121,8 @@ def trained_sft(flags: list[str], seed: int, work_dir: Path) -> Path:
 def more_sft_steps(seed: int, work_dir: Path) -> int:
     """Supervised steps that take 1 / PARTS of GRPO's seconds."""
     grpo, sft = work_dir / f"default-seed{seed}", trained_sft([], seed, work_dir)
+    if not grpo.is_dir():
+        raise SystemExit(f"{grpo} is missing: run --arms default first, whose time is shared out")
     per_step = seconds_of(sft) / (len(metrics_of(sft)) - 1)
     return round(seconds_of(grpo) / PARTS / per_step)
 
@@ -129,12 +136,15 @@ def evaluated(folder: Path, baseline: Path | None, place: str, flags: list[str])
     return report
 
 
-def error_by_step(folder: Path) -> list[float]:
-    """Mean distance from rest of the greedy plans at each of the T + 1 states, held-out starts."""
-    model, task, _ = load_model(folder)
-    starts = split_starts(task.plant).test[:512]
-    flown = evaluation.evaluate_policy(model.eval(), starts, task, None, 0).states
-    return [float(value) for value in flown.norm(dim=2).mean(dim=0)]
+def errors_by_step(folders: dict[str, Path]) -> dict[str, list[float]]:
+    """Mean distance from rest at each of the T + 1 states of greedy plans from held-out starts."""
+    flown = {}
+    for name, folder in folders.items():
+        model, task, _ = load_model(folder)
+        starts = split_starts(task.plant).test[: EvalConfig.num_cases]
+        flown[name] = evaluation.evaluate_policy(model.eval(), starts, task, None, 0).states
+        flown["lqr"] = evaluation.lqr_results(starts, task).states
+    return {name: states.norm(dim=2).mean(dim=0).tolist() for name, states in flown.items()}
 
 
 def run_arm(name: str, seed: int, work_dir: Path) -> None:
@@ -153,7 +163,7 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         record["report"] = evaluated(folder, sft, "evaluation", ["--best-of", "16"])
         record["sft_temperature_0.5"] = evaluated(sft, None, "cold", ["--temperature", "0.5"])
         record["sft_seconds"] = seconds_of(sft)
-        record["error_by_step"] = {"sft": error_by_step(sft), "grpo": error_by_step(folder)}
+        record["error_by_step"] = errors_by_step({"sft": sft, "grpo": folder})
     else:
         before, bar, after = SHORT_ARMS[name].partition("|")
         sft_flags, grpo_flags = (before, after) if bar else ("", before)
@@ -161,7 +171,7 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         script = "benchmarks/full_softmax.py" if "full_softmax" in name else "train_grpo.py"
         flags = [*SHORT.split(), *grpo_flags.split(), "--init", str(sft), "--seed", str(seed)]
         train(script, folder, flags)
-        record["flags"] = SHORT_ARMS[name]
+        record |= {"flags": SHORT_ARMS[name], "command": " ".join([script, *flags])}
     rows, provenance = metrics_of(folder), json.loads((folder / "provenance.json").read_text())
     curve = [{"step": row["step"], **{k: row[k] for k in CURVE if k in row}} for row in rows]
     curve = [row for row in curve if len(row) > 2 or name == "default"]  # SFT: evaluations only
@@ -279,30 +289,31 @@ def short_table() -> str:
 
 def draw_figures(folder: Path) -> None:
     """Learning curves with the range over seeds, old against new reward, error by step."""
-    found, more = (
-        records_of("default"),
-        [one for r in MORE_SFT for one in records_of(f"more_sft_{r}")],
-    )
+    found = records_of("default")
+    more = {rate: records_of(f"more_sft_{rate}") for rate in MORE_SFT}
+    more = {rate: records for rate, records in more.items() if records}
     curves = {}
     for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
-        curves[f"grpo {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
-        if more:
-            best = max(more, key=lambda one: max(r.get(key, 0.0) for r in one["curve"]))
-            curves[f"sft {label}, more steps"] = [curve_of(best, key, best["seconds"])]
-    lqr = found[0]["report"]["policies"]["lqr"]["greedy"]["reward_mean"]
+        curves[f"GRPO, {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
+        for rate, records in more.items():
+            curves[f"SFT goes on, {label}, {rate}"] = [
+                curve_of(one, key, one["seconds"]) for one in records
+            ]
+    lqr = found[0]["curve"][0]["eval/lqr_reward"]
     plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, "processor time (s)")
-    rewards = {}
-    for name in ("short", "uncapped_constraints", "punishment"):
-        if records := records_of(name):
-            rewards[f"{name} greedy"] = [curve_of(r, "eval/greedy_reward") for r in records]
+    rewards = {
+        f"{name}, greedy": [curve_of(one, "eval/greedy_reward") for one in records_of(name)]
+        for name in ("short", "uncapped_constraints", "punishment")
+        if records_of(name)
+    }
     if rewards:
         plots.plot_seed_bands(folder / "old_and_new_reward.png", rewards, lqr, "step")
     lines = {
         policy: torch.tensor([one["error_by_step"][policy] for one in found]).mean(dim=0)
-        for policy in ("sft", "grpo")
+        for policy in ("lqr", "sft", "grpo")
     }
-    as_states = {name: torch.stack([line, 0 * line], dim=1)[None] for name, line in lines.items()}
-    plots.plot_error_by_step(folder / "error_by_step.png", as_states, 0.1)
+    distances = {name: torch.stack([line, 0 * line], dim=1)[None] for name, line in lines.items()}
+    plots.plot_error_by_step(folder / "error_by_step.png", distances, DoubleIntegrator().dt)
 
 
 def curve_of(record: dict, key: str, seconds: float | None = None) -> plots.Series:  # type: ignore[type-arg]

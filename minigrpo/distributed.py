@@ -12,9 +12,10 @@ with it, and sums gradients in every backward: all ranks run the same number of 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+V = TypeVar("V")
 
 # A lost rank ends the job after this at the latest; long rollouts need minutes.
 TIMEOUT = timedelta(minutes=30)
@@ -81,6 +84,14 @@ def max_over_ranks(value: int) -> int:
 def any_rank(flag: bool) -> bool:
     """True on all ranks if it is on one: how stopping and skipping are agreed."""
     return bool(max_over_ranks(int(flag)))
+
+
+def from_rank_zero(read: Callable[[], V]) -> V:
+    """What rank 0 reads, on every rank: of a file, each would see its own state."""
+    box = [read() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return cast(V, box[0])
 
 
 def gather_rows(rows: list[Tensor]) -> list[list[Tensor]]:

@@ -31,7 +31,7 @@ from typing import Literal, TypeAlias
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from minigrpo.distributed import any_rank, rank, world_size
+from minigrpo.distributed import any_rank, from_rank_zero, rank, world_size
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 HOST = socket.gethostname()
@@ -260,9 +260,17 @@ class RunFolder:
                 self._close.append(close)
 
     def history(self) -> list[dict[str, float]]:
-        """The metrics of the finished steps, step 0 first: what a schedule may look back on."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The metrics of the steps that a resumed run has done: what its schedules look back on.
+
+        Rank 0 reads them for all; to be called on every rank, after `start`. NaN stands for null.
+        """
+
+        def read() -> list[dict[str, float]]:
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+        return from_rank_zero(read)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one of the console for a step."""

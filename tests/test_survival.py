@@ -145,7 +145,7 @@ def test_eight_steps_are_four_and_resume_and_four(
 
 LOOKING_BACK = (
     "--plateau-patience 1 --adaptive-terminal --final-temperature 0.5 --curriculum-steps 6 "
-    "--stop-patience 2 --eval-every 2"
+    "--stop-patience 3 --eval-every 2 --learning-rate 1e-12"  # no score can become a new best
 ).split()
 
 
@@ -161,15 +161,22 @@ def test_schedules_that_look_back_go_on_where_they_were(
     assert_same_run(cut, straight)
     found = lines(straight)
     rewards = [line["reward/total"] for line in found[1:]]
-    plain = [cosine_learning_rate(step, 8, 1e-2, 10) for step in range(len(rewards))]
+    plain = [cosine_learning_rate(step, 8, 1e-12, 10) for step in range(len(rewards))]
     for step, line in enumerate(found[1:]):  # of the steps before, each one that earned no more
         drops = sum(b <= a for a, b in pairwise(rewards[:step]))
         assert line["update/learning_rate"] == plain[step] * 0.5**drops
     assert plain != [line["update/learning_rate"] for line in found[1:]]
-    scores = [line["eval/greedy_reward"] for line in found if "eval/greedy_reward" in line]
-    assert len(found) < 9 and max(scores[-2:]) <= max(scores[:-2])  # it finished early, and why
+    assert (
+        len(found) == 7
+    )  # evaluated after 0, 2, 4 and 6 steps, and none was better than the first
     run_ranks(1, train, "grpo", [*flags, *RESUME])  # and is not resumed into more steps
     assert lines(cut) == found and status(cut) == "finished"
+    two = tmp_path / "two"  # ranks look back on the same history, also on what a run resumes
+    flags = [*begun("grpo", two), *LOOKING_BACK]
+    run_ranks(2, train, "grpo", flags, 2, partial(raise_signal, signal.SIGTERM))
+    run_ranks(2, train, "grpo", [*flags, *RESUME])
+    rates = [line["update/learning_rate"] for line in lines(two)[1:]]
+    assert status(two) == "finished" and rates[:2] == plain[:2]
 
 
 def ways_to_stop(folder: Path) -> dict[str, tuple[int, Action, list[str]]]:
