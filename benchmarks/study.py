@@ -176,7 +176,8 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
     curve = [{"step": row["step"], **{k: row[k] for k in CURVE if k in row}} for row in rows]
     curve = [row for row in curve if len(row) > 2 or name == "default"]  # SFT: evaluations only
     record |= {key: provenance[key] for key in ("commit", "dirty", "threads", "world_size")}
-    record |= {"seconds": seconds_of(folder), "curve": curve}
+    processor_seconds = seconds_of(folder) * provenance["world_size"] * provenance["threads"]
+    record |= {"seconds": processor_seconds, "curve": curve}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}-seed{seed}.json").write_text(json.dumps(record) + "\n")
 
