@@ -173,3 +173,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
 def test_adapters_on_random_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora_rank must be 0 with preset tiny"):
         train_sft.main(["--save-dir", str(tmp_path / "sft"), "--lora-rank=2"])
+
+
+def test_noisy_demonstrations_of_a_pretrained_model_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    flags = ["--model", str(tmp_path / "absent"), "--save-dir", str(tmp_path / "sft"), *SFT]
+    message = r"^demonstration_noise must be 0 with preset pretrained, got 0\.2$"
+    with pytest.raises(ValueError, match=message):
+        train_sft.main([*flags, "--demonstration-noise=0.2"])
+    assert not list(tmp_path.iterdir())
