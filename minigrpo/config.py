@@ -366,7 +366,11 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
         description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for item in dataclasses.fields(kind):
-        shown = f"{item.metadata['help']} (default: {item.default})"
+        defaults = [f"default: {item.default}"]
+        for (preset, of_kind), values in PRESETS.items():
+            if of_kind is kind and values.get(item.name, item.default) != item.default:
+                defaults.append(f"{preset}: {values[item.name]}")
+        shown = f"{item.metadata['help']} ({'; '.join(defaults)})"
         names = sorted({f"--{item.name.replace('_', '-')}", f"--{item.name}"})
         if isinstance(item.default, bool):
             switch = parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)

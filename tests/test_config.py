@@ -148,7 +148,7 @@ def test_a_batch_scripts_run_dir_stands_for_save_dir(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_help_has_every_field_with_its_text_and_default(
+def test_help_has_every_field_with_its_text_and_its_defaults(
     kind: type[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "500")
@@ -159,7 +159,15 @@ def test_help_has_every_field_with_its_text_and_default(
     for item in dataclasses.fields(kind):
         assert f"--{item.name.replace('_', '-')}" in printed
         text = " ".join(str(item.metadata["help"]).split())
-        assert f"{text} (default: {item.default})".strip() in printed
+        differ = [
+            f"; {preset}: {values[item.name]}"
+            for (preset, of_kind), values in PRESETS.items()
+            if of_kind is kind and item.name in values and values[item.name] != item.default
+        ]
+        assert f"{text} (default: {item.default}{''.join(differ)})".strip() in printed
+    if kind is GRPOConfig:
+        assert "(default: 32; tiny: 128)" in printed
+        assert "(default: 64; tiny: 128; pretrained: 8)" in printed
 
 
 def just_outside(kind: type[Settings], name: str) -> list[tuple[Value, str]]:
