@@ -187,7 +187,8 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
     Without the KL term, whose gradient is 0 there. Nothing is trained and nothing is written.
     """
     once = replace(config, num_epochs=1, num_minibatches=1)
-    training, reward, gradients = split_starts(task.plant).training, reward_function(once, task), []
+    training, reward = split_starts(task.plant).training, reward_function(once, task)
+    gradients = torch.empty(config.measure_signal, model.num_trained())  # [K, D], rank 0's
     with process_group(config.device) as device:
         check_batch(once)
         model.to(device)
@@ -196,10 +197,12 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
             prompts, places = prompts_of_step(training, once, task, step)
             rollout = make_rollout(model, None, prompts, places, once, task, reward)[0]
             length = task.max_completion_length
-            gradients.append(rollout_gradient(model, rollout, once, length))
+            gradient = rollout_gradient(model, rollout, once, length)
+            if rank() == 0:
+                gradients[step] = gradient
         if rank() == 0:
             rows = config.prompts_per_step * config.group_size
-            print(signal_table(gradient_signal(torch.stack(gradients), rows)))
+            print(signal_table(gradient_signal(gradients, rows)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -276,6 +276,8 @@ class GRPOConfig(RunSettings):
             raise ValueError(f"measure_signal must be 0 or at least 3, got {self.measure_signal}")
         if self.measure_signal and self.resume:
             raise ValueError("measure_signal and resume must not both be given: it looks at --init")
+        if self.measure_signal and self.parallel != "ddp":
+            raise ValueError(f"parallel must be ddp with measure_signal, got {self.parallel}")
 
 
 @dataclass(frozen=True)

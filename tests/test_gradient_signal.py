@@ -1,6 +1,7 @@
 """The measurement against gradients whose signal and noise are known."""
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,12 +152,37 @@ def test_the_command_measures_fresh_rollouts_and_writes_nothing(
     assert "gradients of 4 rollouts of 40 completions" in table and "near 0" in table
 
 
+def test_gradients_are_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K gradients are the largest thing that a measurement holds."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def gradient(*arguments: object) -> Tensor:
+        found = rollout_gradient(*arguments)  # type: ignore[arg-type]
+        made.append(weakref.ref(found))
+        return found
+
+    def signal(gradients: Tensor, num_completions: int) -> object:
+        assert len(made) == len(gradients) == 5
+        assert sum(one() is not None for one in made) <= 1
+        return gradient_signal(gradients, num_completions)
+
+    monkeypatch.setattr(train_grpo, "rollout_gradient", gradient)
+    monkeypatch.setattr(train_grpo, "gradient_signal", signal)
+    init = ["--init", str(untrained_checkpoint(tmp_path / "sft")), "--device", "cpu"]
+    batch = ["--prompts-per-step", "2", "--num-minibatches", "1", "--group-size", "2"]
+    train_grpo.main([*init, *batch, "--measure-signal", "5"])
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--measure-signal 2", "measure_signal must be 0 or at least 3, got 2"),
         ("--measure-signal -1", "measure_signal must be at least 0, got -1"),
         ("--measure-signal 3 --resume", "measure_signal and resume must not both be given"),
+        (
+            "--measure-signal 3 --parallel fsdp",
+            "parallel must be ddp with measure_signal, got fsdp",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags: str, message: str, tmp_path: Path) -> None:
