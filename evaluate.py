@@ -127,7 +127,9 @@ def run_policies(
                 chosen = None if mode == "greedy" else acting
                 results[name][mode] = evaluation.best_of(
                     [
-                        evaluation.evaluate_policy(model, starts, task, chosen, config.seed + i)
+                        evaluation.evaluate_policy(
+                            model, starts, task, chosen, config.seed, attempt=i
+                        )
                         for i in tries
                     ]
                 )

@@ -122,13 +122,15 @@ def evaluate_policy(
     acting: ActingPolicy | None,
     seed: int,
     rows_per_batch: int = DECODED_ROWS,
+    attempt: int = 0,
 ) -> CaseResults:
     """One plan for each start [K, 2], applied open loop; `acting` None is greedy, without a seed.
 
     The draws are keyed by (seed, place in starts): two models meet equal uniforms, and a longer
-    list of starts changes no case of a shorter one.
+    list of starts changes no case of a shorter one. `attempt` 0, 1, ... takes the next draws of the
+    same key, so that those of two seeds have nothing in common.
     """
-    parsed = _plan(model, starts, task, acting, seed, rows_per_batch)
+    parsed = _plan(model, starts, task, acting, seed, rows_per_batch, attempt)
     trajectories = task.plant.simulate(starts.double(), parsed.controls)
     rewards = _reward(task, parsed, trajectories)
     return _collect(trajectories, rewards, 1, (~parsed.is_valid).long(), task)
@@ -188,13 +190,17 @@ def _plan(
     acting: ActingPolicy | None,
     seed: int,
     rows: int,
+    attempt: int = 0,
 ) -> ParsedControls:
     """One plan for each start [K, 2], of which this rank writes every world-th."""
     # Where ranks outnumber starts, those without one repeat the first.
     share = torch.arange(rank() % len(starts), len(starts), world_size())
     prompts = make_prompts(starts[share].double(), share, task)
-    length = task.max_completion_length
-    uniforms = token_uniforms(seed, prompts.indices, 1, length, "evaluation") if acting else None
+    uniforms = None
+    if acting:
+        tries, length = attempt + 1, task.max_completion_length
+        group = token_uniforms(seed, prompts.indices, tries, length, "evaluation")  # [P * tries, C]
+        uniforms = group[attempt::tries]
     reward = partial(_reward, task)
     written = act(model, prompts, 1, task, acting or UNTRUNCATED, uniforms, reward, rows).parsed
     columns = [share, written.controls, written.is_valid, written.num_values]

@@ -382,6 +382,26 @@ def test_sampled_controls_depend_on_seed_and_place_alone():
     assert metrics["eval/cost_ratio"] == summarise(greedy, expert)["cost_ratio"]
 
 
+def test_tries_are_new_draws_for_every_seed_and_the_first_is_the_sampled_plan(monkeypatch):
+    """Tries keyed by seed + i would be shared by neighbouring seeds, but for one."""
+    texts = [text_of(SHORT, [u] * 7) for u in (0.5, -0.5)]
+    model = Scripted(SHORT, lambda start: texts)
+    groups = []
+
+    def spy(tries):
+        groups.append([ran.controls[:, 0] for ran in tries])
+        return best_of(tries)
+
+    monkeypatch.setattr(evaluate.evaluation, "best_of", spy)
+    for seed in (1, 2):
+        config = evaluate.EvalConfig(seed=seed, best_of=4, skip_mpc=True)
+        evaluate.run_policies({"sft": (model, SHORT)}, STARTS[:64], config, torch.device("cpu"))
+    _, sampled, tries, _, other, more = groups
+    assert torch.equal(tries[0], sampled[0]) and torch.equal(more[0], other[0])
+    drawn = tries + more  # 64 fair coins each: equal ones are one in 10^19
+    assert len({tuple(controls.tolist()) for controls in drawn}) == len(drawn) == 8
+
+
 def test_the_best_of_several_tries_is_chosen_start_by_start_with_all_that_belongs_to_it():
     tries = [
         results_of([1.0, 9.0, 5.0], error=float64([0.1, 0.2, 0.3]), cost=float64([1, 2, 3])),
