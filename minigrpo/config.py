@@ -115,6 +115,10 @@ class RunSettings(Settings):
         "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
         choices=("ddp", "fsdp"),
     )
+    memory_check: str = flag(
+        "refuse", "a run whose estimate, an upper bound, exceeds the free memory: stop it, or warn",
+        choices=("refuse", "warn", "off"),
+    )  # fmt: skip
     sync_check: int = flag(
         50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
         at_least=0,

@@ -16,6 +16,7 @@ attention weights, so it is higher there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,17 @@ from typing import TypeVar
 import torch
 
 from minigrpo.config import RunSettings, Value
-from minigrpo.distributed import local_world_size
+from minigrpo.distributed import local_world_size, max_over_ranks
 from minigrpo.policy import CHUNK_ELEMENTS
 from minigrpo.transformer import TransformerConfig, linear_parts
 
 C = TypeVar("C", bound=RunSettings)
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+UNKNOWN = sys.maxsize  # bytes free
+LIMITS = {  # of a control group, by its controller's name in version 2 and 1: folder, files
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,11 +170,19 @@ def check_memory(
     changes: Sequence[dict[str, Value]],
     device: torch.device,
 ) -> str:
-    """The lines to print; ValueError, with what each change would need, if it does not fit."""
-    estimated, free = estimate(config), free_memory(device)
-    found = f"{estimated.peak / 2**30:.2f} of the {free / 2**30:.2f} GiB free on {device}"
+    """The lines to print; ValueError, with what each change would need, if it does not fit.
+
+    Called on every rank: the one with the least free memory decides for all.
+    """
+    if config.memory_check == "off":
+        return "memory estimate: off"
+    estimated = estimate(config)
+    peak, free = max_over_ranks(estimated.peak), -max_over_ranks(-free_memory(device))
+    found = f"{peak / 2**30:.2f} of the {free / 2**30:.2f} GiB free on {device.type}"
+    if free == UNKNOWN:
+        found = f"{peak / 2**30:.2f} GiB, free memory unknown"
     lines = f"memory estimate: {found}, the larger of sampling and update beside the model"
-    if estimated.peak <= free:
+    if peak <= free:
         return f"{lines}\n{estimated.table()}"
     advice = [f"the run must fit into memory, got {found}", estimated.table(), "GiB with"]
     for change in changes:
@@ -175,6 +190,9 @@ def check_memory(
         if less < estimated.peak:
             flags = " ".join(_flag(name, value) for name, value in change.items())
             advice.append(f"  {less / 2**30:8.2f}  {flags}")
+    if config.memory_check == "warn":
+        return "\n".join(["warning: it may end without memory", *advice])
+    advice.append("or, as the estimate is an upper bound, --memory-check warn")
     raise ValueError("\n".join(advice))
 
 
@@ -186,6 +204,31 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take: of the GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo").read_text()
-    available = next(line for line in info.splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024 // local_world_size()
+    if not (PROC / "meminfo").exists():  # not Linux
+        return UNKNOWN
+    available = _entry(PROC / "meminfo", "MemAvailable:") * 1024
+    return max(0, min([available, *_left_by_limits()])) // local_world_size()
+
+
+def _left_by_limits() -> list[int]:
+    """What each limit of this process's control groups leaves, page cache counted as free.
+
+    A group's own files may be out of sight in a container, those of the root are its limit there.
+    """
+    left = []
+    groups = PROC / "self" / "cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        for controller in LIMITS.keys() & set(controllers.split(",")):
+            mount, limit, used, cache = LIMITS[controller]
+            group = Path(path.lstrip("/"))
+            for folder in (CGROUPS / mount / part for part in (group, *group.parents)):
+                if (folder / limit).exists() and (most := (folder / limit).read_text()) != "max\n":
+                    taken = int((folder / used).read_text()) - _entry(folder / "memory.stat", cache)
+                    left.append(int(most) - taken)
+    return left
+
+
+def _entry(path: Path, name: str) -> int:
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next(int(words[1]) for words in lines if words[0] == name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import untrained_checkpoint
 from torch import Tensor
 from watch import Watch
@@ -16,6 +17,7 @@ import train_sft
 from minigrpo import memory, policy
 from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
+from minigrpo.distributed import process_group, rank
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
 from minigrpo.policy import ActingPolicy, completion_scores
@@ -262,7 +264,8 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(train_sft, "Transformer", loaded)
     with pytest.raises(ValueError, match=r"must fit into memory, got .* GiB free on cpu") as caught:
         train_grpo.main(["--init", str(folder), "--save-dir", str(tmp_path / "g"), "--device=cpu"])
-    advice = str(caught.value).partition("GiB with\n")[2].splitlines()
+    *advice, last = str(caught.value).partition("GiB with\n")[2].splitlines()
+    assert last == "or, as the estimate is an upper bound, --memory-check warn"
     known = [" ".join(f"--{name.replace('_', '-')}" for name in change)
              for change in train_grpo.LESS_MEMORY]  # fmt: skip
     flags = [" ".join(w for w in line.split() if w.startswith("--")) for line in advice]
@@ -285,7 +288,7 @@ def test_advice_is_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError) as caught:
         device, config = torch.device("cpu"), GRPOConfig(micro_batch_size=64)
         check_memory(estimate, config, train_grpo.LESS_MEMORY, device)
-    lines = str(caught.value).partition("GiB with\n")[2].splitlines()
+    lines = str(caught.value).partition("GiB with\n")[2].splitlines()[:-1]
     advice = [(line.split()[1], float(line.split()[0])) for line in lines]
     assert [name for name, _ in advice] == [  # fewer rows decoded would not help: the update would
         "--micro-batch-size", "--gradient-checkpointing", "--kl-beta", "--lora-rank", "--parallel",
@@ -312,6 +315,102 @@ def test_what_fits_is_a_table_of_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", gib(2.99))
     with pytest.raises(ValueError, match=r"got 3\.00 of the 2\.99 GiB"):
         check_memory(partial(lambda config: estimate), SFTConfig(), (), torch.device("cpu"))
+
+
+def test_one_flag_gets_past_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = MemoryEstimate({"weights": 2**31}, {}, {})
+
+    def checked(kind: str) -> str:
+        config = SFTConfig(memory_check=kind)
+        return check_memory(lambda config: estimate, config, (), torch.device("cpu"))
+
+    monkeypatch.setattr(memory, "free_memory", gib(1))
+    warned = checked("warn").splitlines()
+    assert warned[0] == "warning: it may end without memory"
+    assert warned[1] == "the run must fit into memory, got 2.00 of the 1.00 GiB free on cpu"
+    monkeypatch.setattr(memory, "free_memory", gib(3))
+    assert checked("warn") == checked("refuse")
+    monkeypatch.setattr(memory, "free_memory", None)  # not even looked at
+    assert checked("off") == "memory estimate: off"
+
+
+def refused_with(free: tuple[float, float]) -> str:
+    """What a rank is told, where ranks have so many GiB free."""
+    with process_group("cpu") as device:
+        memory.free_memory = gib(free[rank()])
+        estimate = MemoryEstimate({"weights": 2**31}, {}, {})
+        try:
+            return check_memory(lambda config: estimate, SFTConfig(), (), device)
+        except ValueError as error:
+            return f"refused: {error}"
+
+
+def test_the_rank_with_the_least_memory_decides_for_all() -> None:
+    """A rank that went on alone would wait for the others until the time is out."""
+    first, second = run_ranks(2, refused_with, (3.0, 1.0))
+    assert first == second
+    assert first.startswith("refused: the run must fit into memory, got 2.00 of the 1.00 GiB free")
+    both = run_ranks(2, refused_with, (3.0, 4.0))
+    assert all("2.00 of the 3.00 GiB free" in told for told in both)
+
+
+def write(files: dict[Path, object]) -> None:
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_control_group_limits_the_free_memory(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1000 KiB available; the group has 700 left, its parent 500, of which 80 are page cache."""
+    proc, groups, kib = tmp_path / "proc", tmp_path / "cgroup", 1024
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "CGROUPS", groups)
+    write({proc / "meminfo": "MemTotal: 9999 kB\nMemAvailable: 1000 kB"})
+    device = torch.device("cpu")
+    assert free_memory(device) == 1000 * kib  # a kernel without control groups
+    if version == 2:
+        group, limit, used, cache = groups / "job/step", "memory.max", "memory.current", ""
+        write({proc / "self/cgroup": "0::/job/step", groups / "memory.stat": "inactive_file 0"})
+    else:
+        group, cache = groups / "memory/job/step", "total_"
+        limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        lines = "9:name=systemd:/\n4:cpu,memory:/job/step\n0::/"
+        write({proc / "self/cgroup": lines, groups / "memory" / limit: 2**63 - 4096})
+        write({groups / "memory" / used: 5, groups / "memory/memory.stat": "total_inactive_file 0"})
+    for folder, most, inactive in ((group, 900 * kib, 0), (group.parent, 620 * kib, 80 * kib)):
+        write({folder / limit: most, folder / used: 200 * kib})
+        write({folder / "memory.stat": f"anon 7\n{cache}inactive_file {inactive}"})
+    assert free_memory(device) == 500 * kib
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert free_memory(device) == 100 * kib
+    if version == 2:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        write({group.parent / limit: "max"})
+        assert free_memory(device) == 700 * kib
+
+
+def test_a_group_out_of_sight_is_limited_by_the_root_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "CGROUPS", root)
+    write({proc / "meminfo": "MemAvailable: 1000 kB", proc / "self/cgroup": "0::/of/the/host"})
+    write({root / "memory.max": 4096, root / "memory.current": 96})
+    write({root / "memory.stat": "inactive_file 0"})
+    assert free_memory(torch.device("cpu")) == 4000
+
+
+def test_a_machine_that_does_not_tell_its_free_memory_runs_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "none")
+    estimate = MemoryEstimate({"weights": 2**50}, {}, {})
+    told = check_memory(lambda config: estimate, SFTConfig(), (), torch.device("cpu"))
+    assert told.startswith("memory estimate: 1048576.00 GiB, free memory unknown, the larger of")
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
