@@ -213,6 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
     if Path(str(init)).resolve() == save_dir.resolve():
         raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
+    started = (saved or {}).get("init", init)
+    if Path(str(started)).resolve() != Path(str(init)).resolve():
+        raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config

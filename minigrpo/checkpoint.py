@@ -10,6 +10,7 @@ What is written is written beside its place, synced, then renamed: the rename ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -217,7 +218,9 @@ def save_checkpoint(
     OSError: a full disk, say; the checkpoints before are intact.
     """
     weights, trained = _plain_weights(model), _full_moments(model, optimizer)
-    trained |= {f"{ADAPTER}{k}": whole(v).detach().cpu() for k, v in adapters(model).items()}
+    own = adapters(model)
+    trained |= {f"{ADAPTER}{name}": whole(value).detach().cpu() for name, value in own.items()}
+    described = {"counters": json.dumps(counters)} | ({"base": _base_digest(model)} if own else {})
     final = run_folder / "checkpoints" / f"step-{step:06d}"
     draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
 
@@ -226,7 +229,6 @@ def save_checkpoint(
             shutil.rmtree(stale)
         with _drafted(draft):
             _write_model(draft, weights, model, task, manifest, {"step": str(step)})
-            described = {"counters": json.dumps(counters)}
             _save_tensors(trained, draft / "trainer.safetensors", described)
         if final.exists():  # damaged, or saved twice
             final.rename(replaced)
@@ -295,7 +297,12 @@ def load_trainer(
     tensors = load_file(path)
     own = {name: tensors.pop(f"{ADAPTER}{name}", None) for name in adapters(model)}
     state = _optimizer_state(tensors, model, optimizer, path)
-    weights = loaded.state_dict() if not own else _adapters_of(own, model, loaded, folder)
+    weights = loaded.state_dict()
+    if own:
+        expected, got = (made.config.get("lora_alpha") for made in (manifest, saved))
+        if got != expected:
+            raise ValueError(f"{folder}: lora_alpha must be {expected}, got {got}")
+        weights = _adapters_of(own, model, folder)
     places = model.state_dict()
     cut = {name: cut_like(value, places[name]) for name, value in weights.items()}
     model.load_state_dict(cut, strict=not own)
@@ -304,11 +311,11 @@ def load_trainer(
 
 
 def _adapters_of(
-    own: dict[str, Tensor | None], model: Transformer, loaded: Transformer, folder: Path
+    own: dict[str, Tensor | None], model: Transformer, folder: Path
 ) -> dict[str, Tensor]:
     """A checkpoint's adapters; ValueError: not those of these flags, or another model below them.
 
-    The checkpoint's weights are merged; those without an adapter must be the base model's.
+    The checkpoint's own weights are merged and do not tell what they were merged with.
     """
     found = {name: value for name, value in own.items() if value is not None}
     for name, parameter in adapters(model).items():
@@ -318,14 +325,23 @@ def _adapters_of(
                 f"{folder}: adapter {name} must have shape {tuple(parameter.shape)}, got {got}; "
                 "lora_rank and lora_targets are those of the run"
             )
-    adapted = {name.split(".lora_")[0] for name in found}
-    base = dict(model.named_parameters())
-    for name, value in loaded.named_parameters():
-        if name.rpartition(".")[0] not in adapted and not torch.equal(
-            value, whole(base[name]).cpu()
-        ):
-            raise ValueError(f"{folder}: the adapters were trained on a model with another {name}")
+    path, base = folder / "trainer.safetensors", _base_digest(model)
+    if (trained_on := _metadata(path, "base")["base"]) != base:
+        raise ValueError(
+            f"{path}: its adapters must have been trained on the base at hand, sha256 {base}, "
+            f"got {trained_on}"
+        )
     return found
+
+
+def _base_digest(model: Transformer) -> str:
+    """SHA-256 over what the adapters stand on, bit for bit; called on every rank."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            digest.update(name.encode())
+            digest.update(whole(parameter).detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _optimizer_state(

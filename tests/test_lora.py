@@ -254,11 +254,13 @@ def test_a_checkpoints_adapters_fit_their_flags_and_their_base(tmp_path: Path) -
 
     again = resumed(ALL)
     assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
+    another = "must have been trained on the base at hand, sha256 [0-9a-f]{64}, got [0-9a-f]{64}$"
     cases = {
         ("q_proj", None): "has unknown adapter",
         ("", None): "has unknown adapter",
-        (ALL, "embed.weight"): "another embed.weight",
-        (ALL, "blocks.1.mlp_norm.weight"): "another blocks.1.mlp_norm.weight",
+        (ALL, "embed.weight"): another,
+        (ALL, "blocks.1.mlp_norm.weight"): another,
+        (ALL, "blocks.0.attention.qkv.weight"): another,  # has adapters
     }
     for (targets, change), message in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -269,6 +271,22 @@ def test_a_checkpoints_adapters_fit_their_flags_and_their_base(tmp_path: Path) -
     )
     with pytest.raises(ValueError, match=r"lora_a.q_proj must have shape \(3, 12\), got none"):
         load_trainer(plain_folder, model, optimizer, manifest)
+
+
+def test_a_resumed_run_keeps_its_alpha_and_its_start(tmp_path: Path) -> None:
+    """Another alpha is another function of the same adapters, another start another reference."""
+    untrained_checkpoint(tmp_path / "sft")
+    folder, other = tmp_path / "grpo", untrained_checkpoint(tmp_path / "other")
+    for rank in ("0", "2"):
+        flags = ["--steps=1", "--save-every=1", f"--lora-rank={rank}", "--overwrite"]
+        grpo(folder, *flags)
+        before = (folder / "metrics.jsonl").read_text()
+        with pytest.raises(ValueError, match=rf"init must be .*/sft to resume .*, got {other}$"):
+            grpo(folder, "--resume", "--steps=2", "--init", str(other))
+        assert (folder / "metrics.jsonl").read_text() == before
+    with pytest.raises(ValueError, match=r"step-000001: lora_alpha must be 8\.0, got 4\.0$"):
+        grpo(folder, "--resume", "--steps=2", "--lora-alpha=8")
+    assert len(grpo(folder, "--resume", "--steps=2")) == 3
 
 
 def test_the_initial_a_is_uniform_with_the_usual_spread_and_depends_on_the_generator() -> None:
