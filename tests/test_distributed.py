@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, start_ranks
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -381,6 +382,11 @@ def test_a_grpo_run_is_the_same_on_any_number_of_ranks(
     got, wanted = load_file(folder / ended), load_file(tmp_path / "ddp" / "1" / ended)
     assert got.keys() == wanted.keys()  # whole, adapters too if there are any
     assert any(name.startswith("adapter.") for name in got) == bool(more)
+    bases = []
+    for run in (folder, tmp_path / "ddp" / "1"):
+        with safe_open(run / ended, framework="pt") as file:
+            bases.append(file.metadata().get("base"))
+    assert bases[0] == bases[1] and bool(bases[0]) == bool(more)  # of whole parameters
     for name, value in wanted.items():
         assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-5), name
 
