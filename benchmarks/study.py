@@ -171,7 +171,8 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         script = "benchmarks/full_softmax.py" if "full_softmax" in name else "train_grpo.py"
         flags = [*SHORT.split(), *grpo_flags.split(), "--init", str(sft), "--seed", str(seed)]
         train(script, folder, flags)
-        record |= {"flags": SHORT_ARMS[name], "command": " ".join([script, *flags])}
+        command = " ".join([script, *flags]).replace(str(work_dir), "runs/study")
+        record |= {"flags": SHORT_ARMS[name], "command": command}
     rows, provenance = metrics_of(folder), json.loads((folder / "provenance.json").read_text())
     curve = [{"step": row["step"], **{k: row[k] for k in CURVE if k in row}} for row in rows]
     curve = [row for row in curve if len(row) > 2 or name == "default"]  # SFT: evaluations only
