@@ -298,7 +298,7 @@ def draw_figures(folder: Path) -> None:
     for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
         curves[f"GRPO, {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
         for rate, records in more.items():
-            curves[f"SFT goes on, {label}, {rate}"] = [
+            curves[f"longer SFT, {label}, {rate}"] = [
                 curve_of(one, key, one["seconds"]) for one in records
             ]
     lqr = found[0]["curve"][0]["eval/lqr_reward"]
