@@ -282,8 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def converged() -> bool:
             return has_converged(column("eval/greedy_reward"), config.stop_patience)
 
-        todo = range(0) if converged() else range(done, config.steps)  # not into more steps
-        for step in todo:
+        remaining = range(0) if converged() else range(done, config.steps)  # not into more steps
+        for step in remaining:
             began = time.perf_counter()
             acting = config
             if config.final_temperature:
