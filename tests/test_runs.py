@@ -277,7 +277,8 @@ def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path: Path) -
     (tmp_path / "attempts" / "17.0").mkdir(parents=True)
     for overwrite, resume in ((False, False), (True, False), (False, True)):
         with open_run(tmp_path, overwrite, resume):
-            pass
+            assert (tmp_path / "STATUS").read_text() == "running\n"
+        assert not (tmp_path / "LOCK").exists()
 
 
 def test_two_open_the_same_new_folder_and_one_wins(tmp_path: Path) -> None:
