@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 step, config.steps, config.learning_rate, config.warmup_steps
             )
             batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
-            metrics = supervised_step(model, optimizer, batch, smoothing, config, rate)
+            metrics = supervised_step(model, optimizer, batch, smoothing, config, step, rate)
             metrics["time/step_s"] = time.perf_counter() - began
             if not math.isfinite(metrics["update/grad_norm"]):
                 save_batch(folder, step + 1, batch)

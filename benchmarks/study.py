@@ -79,7 +79,7 @@ SHORT_ARMS = {
     "minibatches_32": "--num-minibatches 32",
     "epochs_2": "--num-epochs 2",
     "clip_higher": "--clip-eps-high 0.28",
-    "control_variate": "--control-variate lqr",
+    "control_variate": "--control-variate mean_plan",
     "curriculum": "--curriculum-steps 30",
     "annealed_temperature": "--final-temperature 1",
     "plateau": "--plateau-patience 5",

@@ -155,7 +155,13 @@ class SFTConfig(RunSettings):
         "to where it leads are the labels",
         at_least=0,
     )
-    steps: int = flag(600, "optimizer steps", at_least=1)
+    weight_noise: float = flag(
+        0.15,
+        "tiny model: noise on every matrix in a step's forward and backward pass, in units of its "
+        "root mean square; the result bears the noise of GRPO's steps",
+        at_least=0,
+    )
+    steps: int = flag(1200, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
         128, "rows per forward pass; cannot change the gradient", at_least=1
@@ -251,9 +257,9 @@ class GRPOConfig(RunSettings):
     )
     control_variate: str = flag(
         "none",
-        "lqr: subtract, for each control, what the plan so far would be worth if LQR took over "
-        "(unbiased; needs one token a control)",
-        choices=("none", "lqr"),
+        "mean_plan: subtract, for each control, what the plan so far would be worth if it went on "
+        "like the mean of the group's others (unbiased; needs one token a control)",
+        choices=("none", "mean_plan"),
     )
     reward: str = flag(
         "progress", "punishment is kept for comparison", choices=("progress", "punishment")

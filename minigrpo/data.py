@@ -22,7 +22,7 @@ from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
 
 PURPOSES = (
     "split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap",
-    "initialise", "disturbance",
+    "initialise", "disturbance", "weight_noise",
 )  # fmt: skip
 # One split for all: a run's own seed must not move a start from test to training.
 SPLIT_SEED = 20_260_101

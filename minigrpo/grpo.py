@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 AdvantageStd = Literal["group", "batch", "none"]
@@ -80,36 +80,47 @@ def group_advantages(
     rounding of its mean, divided by 1e-4, would be a signal. ValueError if N is no whole groups.
     """
     scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
-    centred = _centred(rearrange(rewards.double(), "(p g) -> p g", g=group_size))
+    scale = torch.where(constant_groups(rewards, group_size), 0.0, scale)
+    groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
     return rearrange(centred * rearrange(scale, "p -> p 1"), "p g -> (p g)")
 
 
 def _advantage_scale(
     rewards: Tensor, group_size: int, advantage_std: AdvantageStd, batch_rewards: Tensor | None
 ) -> Tensor:
-    """What each group's centred rewards are multiplied by: [N] -> [P], 0 for constant groups."""
+    """What each group's centred rewards are multiplied by: [N] -> [P]; no inverse of nothing."""
     constant = constant_groups(rewards, group_size)
     groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
     match advantage_std:
         case "group":
-            scale = 1 / (groups.std(dim=1) + STD_EPSILON)
+            return torch.where(constant, 0.0, 1 / (groups.std(dim=1) + STD_EPSILON))
         case "batch":
             everything = rewards if batch_rewards is None else batch_rewards
-            scale = 1 / (everything.double().std() + STD_EPSILON).expand(len(groups))
+            return 1 / (everything.double().std() + STD_EPSILON).expand(len(groups))
         case "none":
-            scale = groups.new_ones(len(groups))
-    return torch.where(constant, 0.0, scale)
+            return groups.new_ones(len(groups))
 
 
-def _centred(groups: Tensor) -> Tensor:
-    return groups - groups.mean(dim=1, keepdim=True)
+def others_mean(rewards: Tensor, group_size: int) -> Tensor:
+    """Mean reward of the other completions of a row's group (RLOO, 2402.14740): [N] -> [N]."""
+    groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return rearrange(others, "p g -> (p g)")
 
 
-def variate_products(rewards: Tensor, variates: Tensor, group_size: int) -> Tensor:
-    """Sums by group of (R - mean)(b_k - mean) and (b_k - mean)^2: [N], [N, T] -> [2, P, T]."""
-    reward = _centred(rearrange(rewards.double(), "(p g) -> p g 1", g=group_size))
-    variate = _centred(rearrange(variates.double(), "(p g) t -> p g t", g=group_size))
-    return torch.stack([(reward * variate).sum(dim=1), variate.square().sum(dim=1)])
+def variate_sums(rewards: Tensor, variates: Tensor, group_size: int) -> Tensor:
+    """What the regression of `variate_advantages` needs of each group: [N], [N, T] -> [4, P, T].
+
+    Counts and sums of x, x x and x y; x = b - mean of the others' R, y = R - mean of the others' R.
+    """
+    others = others_mean(rewards, group_size)
+    y = rearrange(rewards.double() - others, "n -> n 1")
+    x = variates.double() - rearrange(others, "n -> n 1")  # [N, T], NaN where there is no variate
+    known = ~x.isnan()
+    x = torch.where(known, x, 0.0)
+    rows = torch.stack([known.double(), x, x * x, x * y])
+    return reduce(rows, "four (p g) t -> four p t", "sum", g=group_size)
 
 
 def variate_advantages(
@@ -117,26 +128,32 @@ def variate_advantages(
     variates: Tensor,
     group_size: int,
     advantage_std: AdvantageStd,
-    total_products: Tensor,
+    total_sums: Tensor,
     batch_rewards: Tensor | None = None,
 ) -> Tensor:
     """`group_advantages` for each of T decisions, with a control variate: [N], [N, T] -> [N, T].
 
-    A_ik = (R_i - mean_g R - c_k (b_ik - mean_g b_k)) / (s + 1e-4)
-    c_k  = sum (R - mean)(b_k - mean) / sum (b_k - mean)^2    over all *other* groups
-    b_ik is a function of the start and of what was decided before k. Its product with the score of
-    decision k has mean 0, so the expected gradient (before the division by s) is the same for any
-    c_k that does not depend on the group itself; the regression makes the variance small.
-    `total_products` [2, T]: `variate_products` summed over all groups and ranks.
+    A_ik = (y_i - c_k (x_ik - m_k)) / (s + 1e-4)
+    y_i  = R_i - mean of the group's other rewards,  x_ik = b_ik - mean of the group's other rewards
+    m_k  = mean of x_jk,  c_k = sum x_jk y_j / sum x_jk (x_jk - m_k)    over all *other* groups
+    b_ik depends on the start, on what row i decided before k and on the other rows, never on what
+    row i decides at k or later; so neither does anything subtracted here, and the expected gradient
+    (before the division by s) is that of the expected reward. c and m only make the variance small.
+    NaN in `variates` is no variate: y_i itself. `total_sums` [4, T]: `variate_sums` over all groups
+    and ranks.
     """
-    own = variate_products(rewards, variates, group_size)
-    others = rearrange(total_products, "two t -> two 1 t") - own  # [2, P, T]
-    slope = rearrange(others[0] / others[1].clamp(min=CONSTANT_SPAN), "p t -> p 1 t")
-    reward = _centred(rearrange(rewards.double(), "(p g) -> p g 1", g=group_size))
-    variate = _centred(rearrange(variates.double(), "(p g) t -> p g t", g=group_size))
+    own = variate_sums(rewards, variates, group_size)
+    count, x, xx, xy = rearrange(total_sums, "four t -> four 1 t") - own  # of the others, [P, T]
+    mean = x / count.clamp(min=1.0)
+    spread = xx - x * mean
+    slope = torch.where(spread > CONSTANT_SPAN * count, xy / spread, 0.0)
+    others = others_mean(rewards, group_size)
+    centred = variates.double() - rearrange(others, "n -> n 1")  # [N, T]
+    slope, mean = (repeat(of_group, "p t -> (p g) t", g=group_size) for of_group in (slope, mean))
+    explained = torch.where(centred.isnan(), 0.0, slope * (centred - mean))
     scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
-    scaled = (reward - slope * variate) * rearrange(scale, "p -> p 1 1")
-    return rearrange(scaled, "p g t -> (p g) t")
+    scale = repeat(scale, "p -> (p g) 1", g=group_size)
+    return (rearrange(rewards.double() - others, "n -> n 1") - explained) * scale
 
 
 def constant_groups(rewards: Tensor, group_size: int) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from scipy.linalg import solve_discrete_are  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -38,8 +38,8 @@ class QuadraticCost:
 
 def trajectory_cost(trajectories: Trajectories, cost: QuadraticCost) -> Tensor:
     """The cost [N] of each trajectory, with the controls as applied."""
-    weights = trajectories.states.new_tensor([cost.position, cost.velocity])  # [2]
-    state_costs = (trajectories.states.square() * weights).sum(dim=2)  # [N, T+1]
+    position, velocity = trajectories.states.unbind(dim=2)
+    state_costs = cost.position * position.square() + cost.velocity * velocity.square()  # [N, T+1]
     control_costs = cost.control * trajectories.controls.square()  # [N, T]
     return (
         state_costs[:, :-1].sum(dim=1)
@@ -69,27 +69,6 @@ def _riccati_gain(
         )
     ).to(torch.float64)  # [2, 2]
     return actuation @ value @ transition / (control_weight + actuation @ value @ actuation)
-
-
-def continued_by_lqr(
-    trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
-) -> Tensor:
-    """Plans [N, T, T]: row k of plan n keeps its controls before k and goes on as saturated LQR.
-
-    Row 0 is LQR from the start. What row k is worth depends on the start and the controls before
-    k alone, so it may be subtracted from the reward of control k without bias.
-    """
-    gain = lqr_gain(plant, cost).to(trajectories.states)
-    controls = rearrange(trajectories.controls, "n t -> t n 1")
-    num_rows, horizon = trajectories.controls.shape
-    state = repeat(trajectories.states[:, 0], "n c -> c n t", t=horizon)  # [2, N, T]
-    plans = trajectories.controls.new_empty(horizon, num_rows, horizon)
-    for step in range(horizon):
-        feedback = -(gain[0] * state[0] + gain[1] * state[1])  # [N, T]
-        plans[step] = feedback.clamp_(-plant.control_bound, plant.control_bound)
-        plans[step, :, step + 1 :] = controls[step]
-        state = plant.step(state, plans[step])
-    return rearrange(plans, "t n k -> n k t")
 
 
 def lqr_controls(

@@ -26,10 +26,9 @@ from minigrpo.grpo import (
     constant_groups,
     group_advantages,
     variate_advantages,
-    variate_products,
+    variate_sums,
 )
 from minigrpo.lora import adapters_off
-from minigrpo.lqr import continued_by_lqr
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, controls_before_tokens, parse_controls
 from minigrpo.reward import Rewards
@@ -209,11 +208,11 @@ def make_rollout(
     total = experience.rewards.total
     everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])
     std = cast(AdvantageStd, config.advantage_std)
-    if config.control_variate == "lqr":
+    if config.control_variate == "mean_plan":
         variates = control_variates(experience, config.group_size, task, reward)
-        products = sum_over_ranks(variate_products(total, variates, config.group_size).sum(dim=1))
+        sums = sum_over_ranks(variate_sums(total, variates, config.group_size).sum(dim=1))
         advantages = variate_advantages(
-            total, variates, config.group_size, std, products, everybodys
+            total, variates, config.group_size, std, sums, everybodys
         )  # [N, C]
     else:
         advantages = group_advantages(total, config.group_size, std, everybodys)  # [N]
@@ -235,36 +234,47 @@ def make_rollout(
     return rollout, experience, seconds
 
 
+def mean_plans(controls: Tensor) -> Tensor:
+    """Plans [P, G, T, T]: number k of a row is its own up to k, then the mean of the others'.
+
+    plan_gk = (u_g0 ... u_g,k-1, v_gk ... v_g,T-1),  v_g = mean of the u_h, h != g; [P, G, T]
+    """
+    horizon, size = controls.shape[2], controls.shape[1]
+    others = (controls.sum(dim=1, keepdim=True) - controls) / (size - 1)
+    time = torch.arange(horizon)
+    is_own = rearrange(time, "t -> 1 t") < rearrange(time, "k -> k 1")  # [T, T]
+    own, rest = (rearrange(plan, "p g t -> p g 1 t") for plan in (controls, others))
+    return torch.where(is_own, own, rest)
+
+
 def control_variates(
     experience: Experience,
     group_size: int,
     task: Task,
     reward: Callable[[ParsedControls, Trajectories], Rewards],
 ) -> Tensor:
-    """What the plan so far would be worth if LQR took over: [N, C], known before token k is drawn.
+    """What the plan so far would be worth if it went on like the group's others: [N, C].
 
-    Needs one token a control; what follows the last one, EOS included, has the reward itself as its
-    variate. A group with malformed text keeps its plain advantages (all its variates are 0): there
-    the gap to valid text is the lesson.
+    b_k = R(`mean_plans` k), known before token k is drawn, but for the other rows, which are
+    independent of it. Needs one token a control; after the last one, EOS included, it is the reward
+    itself. A group with malformed text has none (NaN): there the gap to valid text is the lesson.
     """
     parsed, flown = experience.parsed, experience.trajectories
     horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
     before = torch.tensor(controls_before_tokens(horizon, task.codec))
-    variates = torch.zeros(len(parsed.is_valid), length, dtype=torch.float64)
+    variates = torch.full((len(parsed.is_valid), length), torch.nan, dtype=torch.float64)
     whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
-    rows = repeat(whole, "p -> (p g)", g=group_size).nonzero().flatten()
-    for chosen in torch.split(rows, 128):  # T plans of T controls a row: few rows fit the cache
-        part = Trajectories(
-            flown.states[chosen], flown.controls[chosen], flown.num_violations[chosen]
-        )
-        plans = rearrange(continued_by_lqr(part, task.plant, task.cost), "n k t -> (n k) t")
-        starts = repeat(part.states[:, 0], "n c -> (n k) c", k=horizon)
+    groups = rearrange(torch.arange(len(variates)), "(p g) -> p g", g=group_size)[whole]
+    for rows in torch.split(groups, max(1, 32 // group_size)):  # T plans a row: few fit the cache
+        plans = rearrange(mean_plans(flown.controls[rows]), "p g k t -> (p g k) t")
+        starts = repeat(flown.states[rows, 0], "p g c -> (p g k) c", k=horizon)
         valid = torch.ones(len(plans), dtype=torch.bool)
         written = ParsedControls(plans, valid, torch.full((len(plans),), horizon))
         total = reward(written, task.plant.simulate(starts, plans)).total
         worth = rearrange(total, "(n k) -> n k", k=horizon)  # of the plan with k controls written
-        whole_plan = rearrange(experience.rewards.total[chosen], "n -> n 1")
-        variates[chosen, : len(before)] = torch.cat([worth, whole_plan], dim=1)[:, before]
+        rows = rows.flatten()
+        whole_plan = rearrange(experience.rewards.total[rows], "n -> n 1")
+        variates[rows, : len(before)] = torch.cat([worth, whole_plan], dim=1)[:, before]
     return variates
 
 

@@ -10,20 +10,24 @@ tell them apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from minigrpo.config import SFTConfig
-from minigrpo.data import SFTBatch
+from minigrpo.data import SFTBatch, keyed_generator
 from minigrpo.distributed import (
     backward,
+    cut_like,
     gradient_norm,
     max_over_ranks,
     reduce_gradients,
     scale_gradient,
     sum_over_ranks,
+    whole,
 )
 from minigrpo.policy import in_chunks, tempered
 from minigrpo.transformer import Transformer
@@ -74,12 +78,34 @@ def _norm_and_logit(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(z, dim=-1), z.gather(-1, rearrange(targets, "o n -> o n 1")).squeeze(-1)
 
 
+@contextmanager
+def perturbed(model: Transformer, scale: float, generator: torch.Generator) -> Iterator[None]:
+    """Inside, each trained matrix is W + scale rms(W) E, E standard normal; after it W again.
+
+    The expected gradient is that of the loss averaged over neighbouring weights (An 1996, adding
+    noise during backpropagation), so training ends where the loss is flat, and GRPO's noisy steps
+    cost little. Drawn whole, on the CPU: every device and any number of ranks has the same noise.
+    """
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and scale > 0]
+    held = [parameter.detach().clone() for parameter in matrices]
+    with torch.no_grad():
+        for parameter in matrices:
+            size = scale * whole(parameter).square().mean().sqrt()
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += cut_like(size * noise.to(size), parameter)
+    yield
+    with torch.no_grad():
+        for parameter, value in zip(matrices, held, strict=True):
+            parameter.copy_(value)
+
+
 def supervised_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     batch: SFTBatch,
     smoothing: Tensor | None,
     config: SFTConfig,
+    step: int,
     learning_rate: float,
 ) -> dict[str, float]:
     """One optimizer step on this rank's rows; the denominator counts all rows and ranks first.
@@ -94,12 +120,16 @@ def supervised_step(
     total = torch.zeros((), dtype=torch.float64, device=device)
     rows, size = torch.arange(len(batch.tokens), device=device), config.micro_batch_size
     num_micro = max_over_ranks(math.ceil(len(rows) / size))  # shards are gathered in each
-    for i in range(num_micro):
-        chosen = rows[i * size : (i + 1) * size]
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            loss = sft_loss(model, batch.rows(chosen), smoothing)
-        backward(model, loss / num_labelled)
-        total += loss.detach()
+    key = int(keyed_generator(config.seed, "weight_noise", step).integers(2**63))
+    with perturbed(model, config.weight_noise, torch.Generator().manual_seed(key)):
+        for i in range(num_micro):
+            chosen = rows[i * size : (i + 1) * size]
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
+            ):
+                loss = sft_loss(model, batch.rows(chosen), smoothing)
+            backward(model, loss / num_labelled)
+            total += loss.detach()
     reduce_gradients(model)
     norm = gradient_norm(model)
     if math.isfinite(norm):

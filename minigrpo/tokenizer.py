@@ -136,9 +136,11 @@ def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:
 def number_features(values: Tensor, width: int) -> Tensor:
     """Start values of embedding and head rows, [V, width]: sines and cosines of the token's number.
 
-    width / 2 frequencies, geometric from 0.3 (the whole range is one slope) to 60 rad per m/s^2
-    (neighbours 0.01 apart differ), so close numbers start with close vectors. Words (NaN) get 0.
+    width / 2 frequencies, geometric from 0.3 (the whole range is one slope) to 20 rad per m/s^2
+    (0.05 apart differ by 1 rad), so close numbers start with close vectors. Higher ones would tell
+    0.01 apart better, but a model that is unsure takes their period for the number: two peaks, half
+    a m/s^2 apart, where one wide one belongs. Words (NaN) get 0.
     """
-    frequencies = torch.logspace(math.log10(0.3), math.log10(60.0), width // 2)
+    frequencies = torch.logspace(math.log10(0.3), math.log10(20.0), width // 2)
     angles = rearrange(values.float(), "v -> v 1") * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).nan_to_num(0.0)

@@ -295,7 +295,7 @@ def supervised_steps(config: SFTConfig) -> dict[str, object]:
         optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
         for step, rows in enumerate((range(5), range(5, 9), range(9, 11))):
             batch = data.rows(torch.tensor(rows[rank() :: world_size()], dtype=torch.int64))
-            metrics = supervised_step(model, optimizer, batch, smoothing, config, 1e-2)
+            metrics = supervised_step(model, optimizer, batch, smoothing, config, step, 1e-2)
             found[f"metrics {step}"] = torch.tensor([*metrics.values()]).double()
         found["weights"] = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
     return found

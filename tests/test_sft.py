@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from minigrpo.config import SFTConfig
-from minigrpo.data import SFTBatch
+from minigrpo.data import SFTBatch, keyed_generator
 from minigrpo.policy import completion_scores
-from minigrpo.sft import sft_loss, smoothing_matrix, supervised_step
+from minigrpo.sft import perturbed, sft_loss, smoothing_matrix, supervised_step
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 
 VOCAB = 13
@@ -151,9 +151,10 @@ def test_the_gradient_is_the_slope_of_the_loss(width):
 
 
 def step_of(model: Transformer, batch: SFTBatch, rate: float, **changes: object):
-    config = SFTConfig(**({"micro_batch_size": 128, "max_grad_norm": 1e9} | changes))
+    usual = {"micro_batch_size": 128, "max_grad_norm": 1e9, "weight_noise": 0.0}
+    config = SFTConfig(**(usual | changes))
     optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
-    return supervised_step(model, optimizer, batch, None, config, rate)
+    return supervised_step(model, optimizer, batch, None, config, 0, rate)
 
 
 def parameters_of(model: Transformer) -> torch.Tensor:
@@ -210,7 +211,57 @@ def test_repeated_steps_learn_a_batch_by_heart():
     config = SFTConfig(micro_batch_size=2)
     optimizer = torch.optim.AdamW(model.parameters())
     losses = [
-        supervised_step(model, optimizer, batch, None, config, 0.01)["loss/total"]
-        for _ in range(60)
+        supervised_step(model, optimizer, batch, None, config, step, 0.01)["loss/total"]
+        for step in range(60)
     ]
     assert losses[-1] < 0.05 < losses[0]
+
+
+def test_inside_the_noise_matrices_move_by_its_share_of_their_size_and_after_it_they_are_back():
+    model = a_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.embed.weight.requires_grad_(False)
+    with perturbed(model, 0.2, torch.Generator().manual_seed(0)):
+        moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for name, change in moved.items():
+        if change.ndim < 2 or name == "embed.weight":
+            assert not change.any(), name
+            continue
+        size = change.square().mean().sqrt() / before[name].square().mean().sqrt()
+        assert abs(size / 0.2 - 1) < 4 / math.sqrt(2 * change.numel()), name
+        assert abs(change.mean()) < 4 * 0.2 * before[name].square().mean().sqrt() / math.sqrt(
+            change.numel()
+        ), name
+
+
+def test_the_gradient_of_a_noisy_step_is_the_one_at_the_perturbed_weights():
+    model, batch, rate = a_model(), a_batch(), 0.01
+    before = parameters_of(model)
+    metrics = step_of(model, batch, rate, weight_noise=0.3, micro_batch_size=2)
+    change = parameters_of(model) - before
+    model = a_model()
+    key = int(keyed_generator(0, "weight_noise", 0).integers(2**63))
+    with perturbed(model, 0.3, torch.Generator().manual_seed(key)):
+        loss = sft_loss(model, batch, None) / int(batch.completion_mask.sum())
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+    expected = -rate * torch.cat([part.flatten() for part in gradient])
+    torch.testing.assert_close(change, expected, rtol=0, atol=1e-12)
+    assert math.isclose(metrics["loss/total"], float(loss.detach()), rel_tol=1e-12)
+
+
+def test_every_step_and_seed_has_its_own_weight_noise():
+    losses = {
+        supervised_step(
+            a_model(),
+            torch.optim.SGD(a_model().parameters(), lr=1.0),
+            a_batch(),
+            None,
+            SFTConfig(seed=seed, weight_noise=0.3),
+            step,
+            0.0,
+        )["loss/total"]
+        for seed in (0, 1)
+        for step in (0, 1)
+    }
+    assert len(losses) == 4
