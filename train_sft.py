@@ -86,7 +86,7 @@ def describe(config: SFTConfig) -> tuple[TransformerConfig, Task, Path | None]:
         codec, shape = Codec(style="words", decimals=3), load_shape(folder)
         tokenizer = load_tokenizer(folder, shape.vocab_size)
         return shape, make_task(plant, cost, codec, tokenizer), folder
-    codec = Codec(style="numbers", decimals=2, row_length=config.row_length)
+    codec = Codec(style="numbers", decimals=2)
     tokenizer = number_tokenizer(plant, codec)
     shape = TransformerConfig(
         model_type="llama",

@@ -178,11 +178,6 @@ class SFTConfig(RunSettings):
     )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
-    row_length: int = flag(
-        0,
-        "tiny model: a row number stands after every so many controls, to count by; 0: none",
-        at_least=0,
-    )
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)

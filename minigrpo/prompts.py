@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, compress
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -34,13 +34,7 @@ class Codec:
     style: Literal["numbers", "words"] = "numbers"
     decimals: int = 2  # of a control
 
-    row_length: int = 0  # numbers: after every so many controls stands the row's number; 0: no rows
-
     def __post_init__(self) -> None:
-        if self.row_length < 0 or (self.row_length and self.style != "numbers"):
-            raise ValueError(
-                f"row_length must be 0, or above it with style numbers, got {self.row_length}"
-            )
         if self.style not in ("numbers", "words"):
             raise ValueError(f"style must be numbers or words, got {self.style}")
         if not 1 <= self.decimals <= 6:
@@ -119,30 +113,7 @@ def render_controls(controls: Tensor, codec: Codec) -> str:
         raise ValueError(f"controls must be finite and below {NUMBER_LIMIT}, got {values}")
     opening, closing = codec.brackets
     numbers = [format_number(u, codec.decimals) for u in values]
-    return opening + codec.separator.join(_with_marks(numbers, codec)) + closing
-
-
-def _with_marks(numbers: list[str], codec: Codec) -> list[str]:
-    """The words of an answer: after every `row_length` numbers a mark, /1, /2, ... to count by."""
-    if codec.row_length == 0:
-        return numbers
-    words = []
-    for count, number in enumerate(numbers, start=1):
-        words.append(number)
-        if count % codec.row_length == 0:
-            words.append(f"/{count // codec.row_length}")
-    return words
-
-
-def controls_before_tokens(horizon: int, codec: Codec) -> list[int]:
-    """How many controls precede each token of a valid answer, EOS last.
-
-    ValueError: the style does not make each word a token.
-    """
-    if codec.style != "numbers":
-        raise ValueError(f"style must be numbers for one token a control, got {codec.style}")
-    is_control = [not word.startswith("/") for word in _with_marks(["0"] * horizon, codec)]
-    return [0, *accumulate(is_control)]
+    return opening + codec.separator.join(numbers) + closing
 
 
 def parse_controls(
@@ -155,11 +126,7 @@ def parse_controls(
     matches = [answer.fullmatch(text) is not None for text in texts]
     is_valid = torch.tensor(matches, dtype=torch.bool) & ended.cpu()
     values = [  # of all valid rows; their numbers are well formed, so float can't fail
-        [
-            float(word)
-            for word in text.removeprefix(opening).removesuffix(closing).split(separator)
-            if not word.startswith("/")
-        ]
+        [float(u) for u in text.removeprefix(opening).removesuffix(closing).split(separator)]
         for text in compress(texts, is_valid.tolist())
     ]
     controls = torch.zeros(len(texts), plant.horizon, dtype=torch.float64)
@@ -176,8 +143,5 @@ def _patterns(codec: Codec, horizon: int) -> tuple[re.Pattern[str], re.Pattern[s
     """The whole answer, and one number standing alone; possessive (+), so linear in the text."""
     number = rf"-?+(?:0|[1-9][0-9]{{0,2}}+)\.[0-9]{{{codec.decimals}}}"
     opening, closing = map(re.escape, codec.brackets)
-    if codec.row_length:
-        answer = codec.separator.join(_with_marks([number] * horizon, codec))
-    else:
-        answer = f"{opening}(?:{number}{codec.separator}){{{horizon - 1}}}+{number}{closing}"
+    answer = f"{opening}(?:{number}{codec.separator}){{{horizon - 1}}}+{number}{closing}"
     return re.compile(answer), re.compile(rf"(?<![0-9.-]){number}(?![0-9.])")

@@ -30,7 +30,7 @@ from minigrpo.grpo import (
 )
 from minigrpo.lora import adapters_off
 from minigrpo.policy import ActingPolicy, completion_scores
-from minigrpo.prompts import ParsedControls, controls_before_tokens, parse_controls
+from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import Rewards
 from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.shapes import check_shapes
@@ -261,7 +261,10 @@ def control_variates(
     """
     parsed, flown = experience.parsed, experience.trajectories
     horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
-    before = torch.tensor(controls_before_tokens(horizon, task.codec))
+    if task.codec.style != "numbers":
+        raise ValueError(
+            "control_variate must be none with codec style words: a control is many tokens"
+        )
     variates = torch.full((len(parsed.is_valid), length), torch.nan, dtype=torch.float64)
     whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
     groups = rearrange(torch.arange(len(variates)), "(p g) -> p g", g=group_size)[whole]
@@ -271,10 +274,9 @@ def control_variates(
         valid = torch.ones(len(plans), dtype=torch.bool)
         written = ParsedControls(plans, valid, torch.full((len(plans),), horizon))
         total = reward(written, task.plant.simulate(starts, plans)).total
-        worth = rearrange(total, "(n k) -> n k", k=horizon)  # of the plan with k controls written
-        rows = rows.flatten()
-        whole_plan = rearrange(experience.rewards.total[rows], "n -> n 1")
-        variates[rows, : len(before)] = torch.cat([worth, whole_plan], dim=1)[:, before]
+        rows, worth = rows.flatten(), rearrange(total, "(n k) -> n k", k=horizon)
+        variates[rows, :horizon] = worth
+        variates[rows, horizon] = experience.rewards.total[rows]  # EOS: the plan is written
     return variates
 
 

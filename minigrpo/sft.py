@@ -92,7 +92,7 @@ def perturbed(model: Transformer, scale: float, generator: torch.Generator) -> I
         for parameter in matrices:
             size = scale * whole(parameter).square().mean().sqrt()
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += cut_like(size * noise.to(size), parameter)
+            parameter.add_(cut_like(size * noise.to(size), parameter))
     yield
     with torch.no_grad():
         for parameter, value in zip(matrices, held, strict=True):

@@ -39,8 +39,7 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
     numbers = dict.fromkeys(format_number(value, codec.decimals) for value in grid.tolist())
     values = dict.fromkeys(plant.start_grid()[:, 0].tolist())  # with them every word of a prompt
     prompts = " ".join(prompt_text(torch.tensor([v, v]), plant, codec) for v in values)
-    answer = render_controls(torch.zeros(plant.horizon), codec)  # for the marks of its rows
-    words = [word for word in dict.fromkeys(f"{prompts} {answer}".split()) if word not in numbers]
+    words = [word for word in dict.fromkeys(prompts.split()) if word not in numbers]
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *words, *numbers])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -129,7 +129,7 @@ def test_the_evaluation_takes_codec_and_prompt_from_the_checkpoint(
     evaluate.main(["--model-path", str(sft), "--num-cases", "4", "--skip-mpc", "--device=cpu"])
     assert json.loads((sft / "evaluation" / "evaluation.json").read_text())["num_cases"] == 4
     manifest = json.loads((sft / "minigrpo.json").read_text())
-    manifest["codec"] = {"style": "numbers", "decimals": 2, "row_length": 0}
+    manifest["codec"] = {"style": "numbers", "decimals": 2}
     (sft / "minigrpo.json").write_text(json.dumps(manifest))
     assert load_model(sft)[1].codec.style == "numbers"  # nothing but the manifest decides
 

@@ -11,7 +11,6 @@ from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.prompts import (
     Codec,
     ParsedControls,
-    controls_before_tokens,
     format_number,
     parse_controls,
     prompt_text,
@@ -358,48 +357,3 @@ def test_bad_codecs_are_refused_by_name():
         Codec("json")
     with pytest.raises(ValueError, match=r"^decimals must be between 1 and 6, got 0"):
         Codec(decimals=0)
-
-
-ROWS = Codec("numbers", 2, row_length=3)
-SEVEN = DoubleIntegrator(horizon=7)
-
-
-def test_rows_are_counted_in_the_text_and_read_back() -> None:
-    controls = torch.tensor([1.2, -0.35, 0.0, 3.0, -3.0, 0.01, 0.5], dtype=torch.float64)
-    text = render_controls(controls, ROWS)
-    assert text == "1.20 -0.35 0.00 /1 3.00 -3.00 0.01 /2 0.50"
-    parsed = parse_controls([text], torch.tensor([True]), SEVEN, ROWS)
-    assert parsed.is_valid.item() and torch.equal(parsed.controls[0], controls)
-    six = render_controls(controls[:6], ROWS)
-    assert six.endswith("0.01 /2")  # a full last row has its number too
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1.20 -0.35 0.00 3.00 -3.00 0.01 0.50",
-        "1.20 -0.35 0.00 /1 3.00 -3.00 0.01 0.50",
-        "1.20 -0.35 0.00 /1 3.00 -3.00 0.01 /3 0.50",
-        "1.20 -0.35 /1 0.00 3.00 -3.00 0.01 /2 0.50",
-        "1.20 -0.35 0.00 /1 3.00 -3.00 0.01 /2 0.50 /3",
-        "1.20 -0.35 0.00 /1 3.00 -3.00 0.01 /2 /2",
-    ],
-)
-def test_a_missing_misplaced_or_wrong_row_number_is_malformed(text: str) -> None:
-    parsed = parse_controls([text], torch.tensor([True]), SEVEN, ROWS)
-    assert not parsed.is_valid.item() and not parsed.controls.any()
-
-
-def test_controls_before_each_token_count_numbers_and_not_row_numbers() -> None:
-    words = [*render_controls(torch.zeros(7), ROWS).split(), "<eos>"]
-    expected = [sum(not w.startswith("/") for w in words[:i]) for i in range(len(words))]
-    assert controls_before_tokens(7, ROWS) == expected == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7]
-    with pytest.raises(ValueError, match="style must be numbers"):
-        controls_before_tokens(7, Codec("words", 3))
-
-
-def test_rows_are_refused_where_they_have_no_meaning() -> None:
-    with pytest.raises(ValueError, match="row_length"):
-        Codec("words", 3, row_length=5)
-    with pytest.raises(ValueError, match="row_length"):
-        Codec("numbers", 2, row_length=-1)

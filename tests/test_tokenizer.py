@@ -82,7 +82,6 @@ def test_every_number_of_the_grid_is_one_token_and_comes_back():
         (PLANT, NUMBERS),
         (DoubleIntegrator(start_decimals=3, start_bound=0.011), NUMBERS),  # finer than controls
         (PLANT, Codec(decimals=1)),
-        (PLANT, Codec(row_length=7)),  # marks between the controls
         (DoubleIntegrator(control_bound=0.5), NUMBERS),  # starts beyond the controls
         (DoubleIntegrator(control_bound=0.29, start_bound=0.1), NUMBERS),  # times 100 is 28.999...
     ],
