@@ -46,10 +46,7 @@ CURVE = (
     "rollout/frac_valid",
     "update/learning_rate",
 )
-SHORT = (
-    "--steps 40 --prompts-per-step 64 --num-minibatches 8 --save-every 40 --eval-every 20 "
-    "--learning-rate 1e-3"
-)
+SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20"
 PARTS = 3  # learning rates that share the processor time of GRPO, spent on more SFT
 MORE_SFT = ("1e-3", "2e-3", "4e-3")
 
@@ -59,36 +56,35 @@ SHORT_ARMS = {
     "punishment": "--reward punishment",
     "uncapped_constraints": "--reward-constraints 8 --reward-constraints-cap 1e9",
     "baseline_0": "--reward-baseline 0",
-    "temperature_1_top_p_1": "--temperature 1 --top-p 1",
-    "temperature_1_top_p_0.9": "--temperature 1",
-    "temperature_1.5_top_p_1": "--top-p 1",
-    "temperature_2_top_p_0.9": "--temperature 2",
-    "full_softmax": "",
-    "full_softmax_temperature_1": "--temperature 1",
+    "temperature_1_top_p_0.9": "--top-p 0.9",
+    "temperature_1.5_top_p_1": "--temperature 1.5",
+    "temperature_1.5_top_p_0.9": "--temperature 1.5 --top-p 0.9",
+    "full_softmax": "--temperature 1.5 --top-p 0.9",
+    "full_softmax_temperature_1": "--top-p 0.9",
     "std_group": "--advantage-std group",
     "std_none": "--advantage-std none --max-grad-norm 10",
     "kl_0": "--kl-beta 0",
     "kl_0.1": "--kl-beta 0.1",
     "group_4": "--group-size 4 --prompts-per-step 256",
-    "group_8": "--group-size 8 --prompts-per-step 128",
+    "group_16": "--group-size 16 --prompts-per-step 64",
     "group_32": "--group-size 32 --prompts-per-step 32",
-    "lr_5e-4": "--learning-rate 5e-4",
-    "lr_2e-3": "--learning-rate 2e-3",
+    "lr_2.5e-4": "--learning-rate 2.5e-4",
+    "lr_1e-3": "--learning-rate 1e-3",
     "minibatches_1": "--num-minibatches 1",
     "minibatches_2": "--num-minibatches 2",
     "minibatches_32": "--num-minibatches 32",
     "epochs_2": "--num-epochs 2",
     "clip_higher": "--clip-eps-high 0.28",
-    "control_variate": "--control-variate mean_plan",
+    "no_control_variate": "--control-variate none",
     "curriculum": "--curriculum-steps 30",
-    "annealed_temperature": "--final-temperature 1",
+    "annealed_temperature": "--temperature 1.5 --final-temperature 1",
     "plateau": "--plateau-patience 5",
     "adaptive_terminal": "--adaptive-terminal",
     "accuracy": "--reward-terminal 50 --reward-efficiency 5",
     "effort": "--reward-terminal 12.5 --reward-efficiency 20",
     "clean_demonstrations": "--demonstration-noise 0 |",
+    "no_weight_noise": "--weight-noise 0 |",
     "narrow_labels": "--smoothing-width 0.01 |",
-    "two_heads": "--num-heads 2 |",
 }
 LONG_ARMS = ("default", *(f"more_sft_{rate}" for rate in MORE_SFT))
 

@@ -323,13 +323,17 @@ class EvalConfig(Settings):
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {},
     ("tiny", GRPOConfig): {
-        "prompts_per_step": 128,
+        "prompts_per_step": 256,
+        "group_size": 8,
         "num_minibatches": 16,
         "micro_batch_size": 128,
         "rows_per_batch": 1024,
+        "temperature": 1.0,
+        "top_p": 1.0,
         "support_size": 32,
         "advantage_std": "batch",
-        "learning_rate": 7e-4,
+        "control_variate": "mean_plan",
+        "learning_rate": 5e-4,
     },
     ("pretrained", SFTConfig): {
         "learning_rate": 2e-5,
