@@ -156,11 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if config.lora_rank and config.preset == "tiny":
         raise ValueError("lora_rank must be 0 with preset tiny: random weights need training")
-    if config.demonstration_noise > 0 and config.preset == "pretrained":
-        raise ValueError(
-            "demonstration_noise must be 0 with preset pretrained, "
-            f"got {config.demonstration_noise}"
-        )
+    for name in ("demonstration_noise", "weight_noise"):
+        if getattr(config, name) > 0 and config.preset == "pretrained":
+            raise ValueError(
+                f"{name} must be 0 with preset pretrained, got {getattr(config, name)}"
+            )
     if config.width % config.num_heads:
         raise ValueError(
             f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"

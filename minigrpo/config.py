@@ -342,6 +342,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "micro_batch_size": 4,
         "smoothing_width": 0.0,
         "demonstration_noise": 0.0,
+        "weight_noise": 0.0,
         "weight_decay": 0.0,
     },
     ("pretrained", GRPOConfig): {"micro_batch_size": 8},

@@ -175,11 +175,11 @@ def test_adapters_on_random_weights_are_refused(tmp_path: Path) -> None:
         train_sft.main(["--save-dir", str(tmp_path / "sft"), "--lora-rank=2"])
 
 
-def test_noisy_demonstrations_of_a_pretrained_model_are_refused_before_anything_is_written(
-    tmp_path: Path,
+@pytest.mark.parametrize("name", ["demonstration_noise", "weight_noise"])
+def test_noise_for_a_pretrained_model_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
 ) -> None:
     flags = ["--model", str(tmp_path / "absent"), "--save-dir", str(tmp_path / "sft"), *SFT]
-    message = r"^demonstration_noise must be 0 with preset pretrained, got 0\.2$"
-    with pytest.raises(ValueError, match=message):
-        train_sft.main([*flags, "--demonstration-noise=0.2"])
+    with pytest.raises(ValueError, match=rf"^{name} must be 0 with preset pretrained, got 0\.2$"):
+        train_sft.main([*flags, f"--{name.replace('_', '-')}=0.2"])
     assert not list(tmp_path.iterdir())
