@@ -128,6 +128,7 @@ def estimate_memory(shape: TransformerConfig, task: Task, config: SFTConfig) -> 
         micro_rows=min(config.micro_batch_size, math.ceil(config.batch_size / world_size())),
         num_decoded=decoded,
         num_prefilled=decoded,
+        is_perturbed=config.weight_noise > 0,
     )
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 

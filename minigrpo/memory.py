@@ -50,6 +50,7 @@ class Workload:
     num_rows: int = 0  # completions kept for the update; 0 in supervised training
     support_size: int = 0  # 0: untruncated
     has_reference: bool = False  # as a second copy
+    is_perturbed: bool = False  # SFT under weight noise holds the weights without it
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def memory_estimate(
             "gradients": flat * trained // shards,
             "AdamW": 2 * trained // shards,
             "reference": weights // shards if work.has_reference else 0,
+            "held weights": weights // shards if work.is_perturbed else 0,
             "bfloat16 weights": weights // 2 if half else 0,
         },
         sampling={

@@ -69,7 +69,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     got = memory_estimate(shape, GRPOConfig(), work, num_ranks=2)
     assert got.model == {
         "weights": 4 * parameters, "gradients": 8 * parameters, "AdamW": 8 * parameters,
-        "reference": 4 * parameters, "bfloat16 weights": 0,
+        "reference": 4 * parameters, "held weights": 0, "bfloat16 weights": 0,
     }  # fmt: skip
     # of a token: 4 x 8 in float32, then 2 x 8 + 3 x 8 + 3 x 4 + 4 x 12 = 100 and 4 weights a key
     row = 4 * 6 + 32
@@ -89,10 +89,11 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
         sum(got.sampling.values()), sum(got.update.values())
     )
 
-    cut = memory_estimate(shape, GRPOConfig(parallel="fsdp"), work, num_ranks=8, ranks_here=4)
+    noisy = replace(work, is_perturbed=True)
+    cut = memory_estimate(shape, GRPOConfig(parallel="fsdp"), noisy, num_ranks=8, ranks_here=4)
     assert cut.model == {
         "weights": parameters, "gradients": parameters, "AdamW": 2 * parameters,
-        "reference": parameters, "bfloat16 weights": 0,
+        "reference": parameters, "held weights": parameters, "bfloat16 weights": 0,
     }  # fmt: skip
     assert cut.sampling == {**got.sampling, "gathered weights": 4 * parameters}
     assert cut.update["gathered weights"] == 4 * 2 * 50 * 8 + 2 * 4 * (2 * block + 8) // 2
@@ -104,7 +105,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     trained = 2 * (3 * (8 + 8) + 3 * (8 + 8))
     assert less.model == {
         "weights": 4 * (parameters + trained), "gradients": 4 * trained, "AdamW": 8 * trained,
-        "reference": 0, "bfloat16 weights": 2 * (parameters + trained),
+        "reference": 0, "held weights": 0, "bfloat16 weights": 2 * (parameters + trained),
     }  # fmt: skip
     assert less.update["activations"] == 2 * 3 * 11 * 4 * 8
     assert less.update["at work"] == 3 * 11 * (4 * 32 + 2 * (100 + 4 * 11)) * 5 // 4
