@@ -219,6 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config
+    if config.control_variate != "none" and task.codec.style != "numbers":
+        raise ValueError(
+            "control_variate must be none with codec style words, where a control is many tokens"
+        )
     torch.set_float32_matmul_precision(config.matmul_precision)
     if config.measure_signal:
         measure_signal(build(config), config, task)

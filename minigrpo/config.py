@@ -158,7 +158,7 @@ class SFTConfig(RunSettings):
     weight_noise: float = flag(
         0.15,
         "tiny model: noise on every matrix in a step's forward and backward pass, in units of its "
-        "root mean square; the result bears the noise of GRPO's steps",
+        "root mean square; the result is less sensitive to changes of its weights",
         at_least=0,
     )
     steps: int = flag(1200, "optimizer steps", at_least=1)
@@ -253,7 +253,8 @@ class GRPOConfig(RunSettings):
     control_variate: str = flag(
         "none",
         "mean_plan: subtract, for each control, what the plan so far would be worth if it went on "
-        "like the mean of the group's others (unbiased; needs one token a control)",
+        "like the mean of the group's others (unbiased where all text is well-formed; needs one "
+        "token a control)",
         choices=("none", "mean_plan"),
     )
     reward: str = flag(

@@ -89,7 +89,7 @@ def group_advantages(
 def _advantage_scale(
     rewards: Tensor, group_size: int, advantage_std: AdvantageStd, batch_rewards: Tensor | None
 ) -> Tensor:
-    """What each group's centred rewards are multiplied by: [N] -> [P]; no inverse of nothing."""
+    """1 / (s + 1e-4) of each group, [N] -> [P]; `group`: 0 for equal rewards; `none`: 1."""
     constant = constant_groups(rewards, group_size)
     groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
     match advantage_std:
@@ -131,7 +131,7 @@ def variate_advantages(
     total_sums: Tensor,
     batch_rewards: Tensor | None = None,
 ) -> Tensor:
-    """`group_advantages` for each of T decisions, with a control variate: [N], [N, T] -> [N, T].
+    """Advantages of T decisions with a control variate: [N], [N, T] -> [N, T].
 
     A_ik = (y_i - c_k (x_ik - m_k)) / (s + 1e-4)
     y_i  = R_i - mean of the group's other rewards,  x_ik = b_ik - mean of the group's other rewards
@@ -139,8 +139,9 @@ def variate_advantages(
     b_ik depends on the start, on what row i decided before k and on the other rows, never on what
     row i decides at k or later; so neither does anything subtracted here, and the expected gradient
     (before the division by s) is that of the expected reward. c and m only make the variance small.
-    NaN in `variates` is no variate: y_i itself. `total_sums` [4, T]: `variate_sums` over all groups
-    and ranks.
+    s as in `group_advantages`; with `group` a group of equal rewards gets 0. NaN in `variates`, for
+    whole groups, is no variate: y_i itself, G / (G - 1) times the plain form. `total_sums` [4, T]:
+    `variate_sums` over all groups and ranks.
     """
     own = variate_sums(rewards, variates, group_size)
     count, x, xx, xy = rearrange(total_sums, "four t -> four 1 t") - own  # of the others, [P, T]

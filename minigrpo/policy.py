@@ -130,11 +130,11 @@ def score_logits(
 ) -> TokenScores:
     """log q(token) and the entropy of q: logits [M, C, V], tokens [M, C], support [M, C, S].
 
-    Gathered before the division and the log-sum-exp: work over S values, not over V.
+    With a support, gathered before the division and the log-sum-exp: work over S values, not V.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:
-        # log_softmax and softmax are vectorised on a CPU, logsumexp is not: a third of its time.
+        # On a CPU log_softmax is vectorised and logsumexp is not: a third to a half of its time.
         logq = F.log_softmax(tempered(logits, temperature), dim=-1)  # [M, C, V]
         with torch.no_grad():
             finite = logq.clamp(min=torch.finfo(logq.dtype).min)

@@ -255,20 +255,19 @@ def control_variates(
 ) -> Tensor:
     """What the plan so far would be worth if it went on like the group's others: [N, C].
 
-    b_k = R(`mean_plans` k), known before token k is drawn, but for the other rows, which are
-    independent of it. Needs one token a control; after the last one, EOS included, it is the reward
-    itself. A group with malformed text has none (NaN): there the gap to valid text is the lesson.
+    b_k = R(`mean_plans` k), and R itself at EOS: a function of the start, the controls before k and
+    the other rows. NaN, no variate, beyond EOS and in a group with malformed text: there the gap to
+    valid text is the lesson. Whether a group is whole depends on later tokens too, so with
+    malformed text the gradient is not exact, by slope (x - mean) grad P(well-formed). Needs one
+    token a control.
     """
     parsed, flown = experience.parsed, experience.trajectories
     horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
-    if task.codec.style != "numbers":
-        raise ValueError(
-            "control_variate must be none with codec style words: a control is many tokens"
-        )
     variates = torch.full((len(parsed.is_valid), length), torch.nan, dtype=torch.float64)
     whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
     groups = rearrange(torch.arange(len(variates)), "(p g) -> p g", g=group_size)[whole]
-    for rows in torch.split(groups, max(1, 32 // group_size)):  # T plans a row: few fit the cache
+    at_once = max(1, 32 // group_size)  # T plans a row: few fit the cache
+    for rows in torch.split(groups, at_once) if len(groups) else ():
         plans = rearrange(mean_plans(flown.controls[rows]), "p g k t -> (p g k) t")
         starts = repeat(flown.states[rows, 0], "p g c -> (p g k) c", k=horizon)
         valid = torch.ones(len(plans), dtype=torch.bool)

@@ -86,9 +86,9 @@ def _norm_and_logit(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def perturbed(model: Transformer, scale: float, generator: torch.Generator) -> Iterator[None]:
     """Inside, each trained matrix is W + scale rms(W) E, E standard normal; after it W again.
 
-    The expected gradient is that of the loss averaged over neighbouring weights (An 1996, adding
-    noise during backpropagation), so training ends where the loss is flat, and GRPO's noisy steps
-    cost little. Drawn whole, on the CPU: every device and any number of ranks has the same noise.
+    In expectation over E, with rms(W) held fixed, the gradient is that of the loss averaged over
+    neighbouring weights (An 1996, adding noise during backpropagation), which favours flat places.
+    Drawn whole, on the CPU: every device and any number of ranks has the same noise.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and scale > 0]
     held = [parameter.detach().clone() for parameter in matrices]

@@ -137,8 +137,8 @@ def number_features(values: Tensor, width: int) -> Tensor:
 
     width / 2 frequencies, geometric from 0.3 (the whole range is one slope) to 20 rad per m/s^2
     (0.05 apart differ by 1 rad), so close numbers start with close vectors. Higher ones would tell
-    0.01 apart better, but a model that is unsure takes their period for the number: two peaks, half
-    a m/s^2 apart, where one wide one belongs. Words (NaN) get 0.
+    0.01 apart better, but a model that is unsure takes a period for the number: two peaks where one
+    wide one belongs. Words (NaN) get 0.
     """
     frequencies = torch.logspace(math.log10(0.3), math.log10(20.0), width // 2)
     angles = rearrange(values.float(), "v -> v 1") * frequencies

@@ -2,7 +2,7 @@
 # SFT, then GRPO from it, then evaluation of both: three jobs, each if the one before succeeded.
 #
 #   slurm/pipeline.sh [--dry-run] [SBATCH OPTION...] [-- SFT FLAG... [-- GRPO FLAG... [-- EVAL FLAG...]]]
-#   slurm/pipeline.sh --account=abc --time=08:00:00 -- --steps 600 -- --steps 400 --group-size 32
+#   slurm/pipeline.sh --account=abc --time=08:00:00 -- --steps 1200 -- --steps 400 --group-size 32
 #   slurm/pipeline.sh --array=0-9%4                 ten seeds, four at a time, each its own chain
 #
 # The run folders are $RUN_DIR/sft and $RUN_DIR/grpo (with --array: /seed-N in each), by default in

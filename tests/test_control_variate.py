@@ -180,3 +180,77 @@ def test_variates_of_a_rollout_are_rewards_of_mean_plans_and_malformed_groups_ha
             expected = reward(one, PLANT.simulate(starts[n : n + 1], plan)).total
             torch.testing.assert_close(variates[n, k], expected[0], rtol=1e-12, atol=0)
     assert torch.equal(variates[0, 7], experience.rewards.total[0])  # EOS: all is decided
+
+
+def regressed(rewards: Tensor, variates: Tensor, size: int, std: str, *more: Tensor) -> Tensor:
+    sums = variate_sums(rewards, variates, size).sum(dim=1)
+    return variate_advantages(rewards, variates, size, std, sums, *more)
+
+
+def test_one_group_alone_has_no_regression_and_keeps_the_plain_form() -> None:
+    rewards = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    got = regressed(rewards, torch.tensor([[4.0], [5.0], [9.0]]), 3, "none")
+    torch.testing.assert_close(got[:, 0], rewards - others_mean(rewards, 3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 7e-4])
+def test_a_variate_with_hardly_any_spread_in_the_other_groups_explains_nothing(size) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rewards = 100 + torch.randn(12, generator=generator, dtype=torch.float64)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(6)
+    variates = (others_mean(rewards, 3) + 5.0 + size * sign).reshape(-1, 1)
+    got = regressed(rewards, variates, 3, "none")
+    torch.testing.assert_close(got[:, 0], rewards - others_mean(rewards, 3), rtol=0, atol=1e-12)
+
+
+def test_the_standard_deviation_of_all_ranks_divides() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rewards, more = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    everybodys = torch.cat([rewards, 5 * more])
+    variates = torch.randn(8, 2, generator=generator, dtype=torch.float64)
+    plain = regressed(rewards, variates, 4, "none")
+    got = regressed(rewards, variates, 4, "batch", everybodys)
+    torch.testing.assert_close(got, plain / (everybodys.std() + 1e-4), rtol=1e-12, atol=0)
+
+
+def test_a_group_of_equal_rewards_divided_by_its_own_standard_deviation_gets_nothing() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rewards = torch.randn(9, generator=generator, dtype=torch.float64)
+    rewards[3:6] = 2.0
+    variates = torch.randn(9, 2, generator=generator, dtype=torch.float64)
+    got = regressed(rewards, variates, 3, "group")
+    assert not got[3:6].any() and got[:3].abs().min() > 0
+
+
+@pytest.mark.parametrize("length", [3, 7, 8])
+def test_a_rollout_without_a_whole_group_has_no_variates_however_short(length: int) -> None:
+    rows = torch.zeros(4, 7, dtype=torch.float64)
+    starts, is_valid = torch.full((4, 2), 0.3, dtype=torch.float64), torch.zeros(4).bool()
+    parsed = ParsedControls(rows, is_valid, torch.zeros(4, dtype=torch.int64))
+    tokens, filler = torch.zeros(4, length, dtype=torch.int64), torch.zeros(4, length)
+    completions = Completions(
+        tokens, tokens == 0, None, filler, is_valid, filler, torch.zeros_like(tokens).bool()
+    )
+    flown = PLANT.simulate(starts, rows)
+    rewards = compute_rewards("progress", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+    experience = Experience(completions, [""] * 4, parsed, flown, rewards)
+    variates = control_variates(experience, 2, a_task(), lambda *_: rewards)
+    assert variates.shape == (4, length) and variates.isnan().all()
+
+
+def test_a_group_of_more_rows_than_are_flown_at_once_has_its_variates() -> None:
+    size = 33
+    generator = torch.Generator().manual_seed(6)
+    controls = torch.randn(size, 7, generator=generator, dtype=torch.float64)
+    starts = torch.full((size, 2), 0.3, dtype=torch.float64)
+    parsed = ParsedControls(controls, torch.ones(size).bool(), torch.full((size,), 7))
+    flown, filler = PLANT.simulate(starts, controls), torch.zeros(size, 8)
+
+    def reward(parsed, flown):
+        return compute_rewards("progress", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+
+    completions = Completions(
+        filler.long(), filler == 0, None, filler, parsed.is_valid, filler, filler.bool()
+    )
+    experience = Experience(completions, [""] * size, parsed, flown, reward(parsed, flown))
+    assert not control_variates(experience, size, a_task(), reward).isnan().any()

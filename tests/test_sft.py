@@ -219,6 +219,8 @@ def test_repeated_steps_learn_a_batch_by_heart():
 
 def test_inside_the_noise_matrices_move_by_its_share_of_their_size_and_after_it_they_are_back():
     model = a_model()
+    with torch.no_grad():
+        model.head.weight += 3.0  # its size is not its spread
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.embed.weight.requires_grad_(False)
     with perturbed(model, 0.2, torch.Generator().manual_seed(0)):
@@ -230,6 +232,7 @@ def test_inside_the_noise_matrices_move_by_its_share_of_their_size_and_after_it_
             continue
         size = change.square().mean().sqrt() / before[name].square().mean().sqrt()
         assert abs(size / 0.2 - 1) < 4 / math.sqrt(2 * change.numel()), name
+        assert change.abs().max() > 1.5 * change.square().mean().sqrt(), name  # normal, not +-
         assert abs(change.mean()) < 4 * 0.2 * before[name].square().mean().sqrt() / math.sqrt(
             change.numel()
         ), name

@@ -300,6 +300,11 @@ def test_token_values_are_the_numbers_and_nothing_else():
     assert values[607:].isnan().all()
 
 
+def test_number_features_have_frequencies_from_0_3_to_20():
+    features = number_features(torch.tensor([0.0, 0.001], dtype=torch.float64), 8)
+    assert torch.allclose(features[1, [0, 3]], torch.tensor([0.0003, 0.02]).sin())
+
+
 def test_number_features_are_near_for_near_numbers_and_zero_for_words():
     values = token_values(NUMBER_TOKENIZER, len(NUMBER_TOKENIZER))
     features = number_features(values, 32)
