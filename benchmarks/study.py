@@ -5,13 +5,13 @@
     python benchmarks/study.py --table                  the tables of what benchmarks/results/ holds
     python benchmarks/study.py --figures docs           the pictures of it
 
-Long arms (default, more_sft_*) train with the defaults and are evaluated on 512 held-out starts;
+Long arms (default, default_no_control_variate, more_sft_*) are evaluated on 512 held-out starts;
 the three arms more_sft_* share the processor time of GRPO, a third each. Short arms are runs of 40
 steps of 1,024 completions from the same SFT model; each differs from the arm `short` by the flags
-that the table shows, and they are compared on 256 validation starts: `short` with several seeds
-says how much of a difference is noise. Runs go to --work-dir and resume when the study is started
-again; each finished one leaves a small JSON file in benchmarks/results/ with its flags, commit,
-seconds, learning curve and numbers.
+that the table shows (so the whole softmax is to be compared with the arm of its temperature and
+top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
+Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
+JSON file in benchmarks/results/ with its flags, commit, seconds, learning curve and numbers.
 Seed 0 is where settings were chosen; no number that is reported uses it.
 """
 
@@ -86,7 +86,8 @@ SHORT_ARMS = {
     "no_weight_noise": "--weight-noise 0 |",
     "narrow_labels": "--smoothing-width 0.01 |",
 }
-LONG_ARMS = ("default", *(f"more_sft_{rate}" for rate in MORE_SFT))
+LONG_GRPO = {"default": "", "default_no_control_variate": "--control-variate none"}
+LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
 
 
 def train(script: str, folder: Path, flags: list[str]) -> None:
@@ -152,10 +153,11 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         folder = trained_sft(flags, seed, work_dir)
         record["flags"] = " ".join(flags)
         record["report"] = evaluated(folder, None, "evaluation", [])
-    elif name == "default":
-        sft, folder = trained_sft([], seed, work_dir), work_dir / f"default-seed{seed}"
-        train("train_grpo.py", folder, ["--init", str(sft), "--seed", str(seed)])
-        record["flags"] = ""
+    elif name in LONG_GRPO:
+        sft, folder = trained_sft([], seed, work_dir), work_dir / f"{name}-seed{seed}"
+        flags = LONG_GRPO[name].split()
+        train("train_grpo.py", folder, ["--init", str(sft), "--seed", str(seed), *flags])
+        record["flags"] = LONG_GRPO[name]
         record["report"] = evaluated(folder, sft, "evaluation", ["--best-of", "16"])
         record["sft_temperature_0.5"] = evaluated(sft, None, "cold", ["--temperature", "0.5"])
         record["sft_seconds"] = seconds_of(sft)
@@ -171,7 +173,7 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         record |= {"flags": SHORT_ARMS[name], "command": command}
     rows, provenance = metrics_of(folder), json.loads((folder / "provenance.json").read_text())
     curve = [{"step": row["step"], **{k: row[k] for k in CURVE if k in row}} for row in rows]
-    curve = [row for row in curve if len(row) > 2 or name == "default"]  # SFT: evaluations only
+    curve = [row for row in curve if len(row) > 2 or name in LONG_GRPO]  # SFT: evaluations only
     record |= {key: provenance[key] for key in ("commit", "dirty", "threads", "world_size")}
     processor_seconds = seconds_of(folder) * provenance["world_size"] * provenance["threads"]
     record |= {"seconds": processor_seconds, "curve": curve}
@@ -209,6 +211,11 @@ def main_table() -> str:
         rows.append((title, [one["report"]["policies"][policy][mode] for one in found]))
     cold = [one["sft_temperature_0.5"]["policies"]["sft"]["sampled"] for one in found]
     rows.append(("SFT, sampled at temperature 0.5", cold))
+    for mode in ("greedy", "sampled"):
+        plain = [one["report"]["policies"] for one in records_of("default_no_control_variate")]
+        if plain:
+            summaries = [policies["grpo"][mode] for policies in plain]
+            rows.append((f"GRPO without control variate, {mode}", summaries))
     for rate in MORE_SFT:
         more = records_of(f"more_sft_{rate}")
         for mode in ("greedy", "sampled") if more else ():
