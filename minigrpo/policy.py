@@ -139,7 +139,8 @@ def score_logits(
         with torch.no_grad():
             finite = logq.clamp(min=torch.finfo(logq.dtype).min)
             entropy = -(F.softmax(logq, dim=-1) * finite).sum(dim=-1)
-        return TokenScores(rearrange(logq.gather(-1, places), "m c 1 -> m c"), entropy)
+        taken = logq.gather(-1, places).sum(dim=-1)  # of one: fully_shard wants no view
+        return TokenScores(taken, entropy)
     # One gather for both: each has a backward pass that fills [M, C, V] with zeros.
     ids = torch.cat([places, support.long()], dim=-1)  # [M, C, 1 + S]
     both = tempered(logits.gather(-1, ids.clamp(min=0)), temperature)

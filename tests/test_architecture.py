@@ -28,7 +28,7 @@ EDGES = {
     "tokenizer": "double_integrator prompts",
     "data": "shapes double_integrator lqr prompts tokenizer",
     "sft": "config distributed transformer policy data",
-    "rollout": "config shapes distributed transformer grpo double_integrator policy lora lqr "
+    "rollout": "config shapes distributed transformer grpo double_integrator policy lora "
     "prompts sampling reward tokenizer data",
     "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
     "rollout",
