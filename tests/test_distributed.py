@@ -66,7 +66,7 @@ SFT_FLAGS = (
 ).split()
 GRPO_FLAGS = (
     "--steps 3 --prompts-per-step 6 --group-size 3 --num-epochs 2 --num-minibatches 2 "
-    "--micro-batch-size 2 --rows-per-batch 3 --eval-every 2 --eval-cases 8 --temperature 1 "
+    "--micro-batch-size 2 --rows-per-batch 3 --eval-every 2 --eval-cases 8 --top-p 0.9 "
     "--learning-rate 1e-2 --advantage-std batch --device cpu"
 ).split()
 
@@ -315,7 +315,8 @@ def supervised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned to write five numbers and stop, for GRPO to start from."""
     folder = tmp_path_factory.mktemp("supervised") / "sft"
     flags = [*SFT_FLAGS, "--steps", "60", "--learning-rate", "3e-2", "--batch-size", "16"]
-    run_ranks(1, train_sft.main, [*flags, "--eval-every", "60", "--save-dir", str(folder)])
+    flags += ["--eval-every", "60", "--weight-noise", "0"]
+    run_ranks(1, train_sft.main, [*flags, "--save-dir", str(folder)])
     return folder
 
 
