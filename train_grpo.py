@@ -158,11 +158,13 @@ def build(config: GRPOConfig) -> Transformer:
     model = load_transformer(Path(config.init))
     generator = torch.Generator().manual_seed(config.seed)
     add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, model.is_fused = config.gradient_checkpointing, config.fuse
     return model
 
 
-def estimate_memory(shape: TransformerConfig, task: Task, config: GRPOConfig) -> MemoryEstimate:
+def estimate_memory(
+    shape: TransformerConfig, task: Task, config: GRPOConfig, has_graphs: bool = False
+) -> MemoryEstimate:
     """What a rollout, its update and a validation take on one rank."""
     prompts = math.ceil(config.prompts_per_step / world_size())
     together = min(prompts, max(1, config.rows_per_batch // config.group_size))
@@ -177,6 +179,7 @@ def estimate_memory(shape: TransformerConfig, task: Task, config: GRPOConfig) ->
         num_rows=num_rows,
         support_size=config.support_size if config.top_p < 1 else 0,
         has_reference=config.kl_beta > 0 and not config.lora_rank,
+        has_graphs=has_graphs,
     )
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 
@@ -234,7 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         check_batch(config)
-        memory = check_memory(partial(estimate_memory, shape, task), config, LESS_MEMORY, device)
+        estimate = partial(
+            estimate_memory,
+            shape,
+            task,
+            has_graphs=device.type == "cuda" and config.parallel == "ddp",
+        )
+        memory = check_memory(estimate, config, LESS_MEMORY, device)
         manifest = Manifest(
             "grpo",
             origin.preset,
@@ -248,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reference = None
         if config.kl_beta > 0:  # with adapters it is the same model, seen without them
             reference = model if config.lora_rank else load_transformer(Path(config.init))
+            reference.is_fused = config.fuse
         for placed in dict.fromkeys([model, reference or model]):
             place_model(placed, placed.blocks, device, config.parallel)
         optimizer = adamw(

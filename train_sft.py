@@ -115,11 +115,13 @@ def build(
     else:
         model = load_transformer(folder)
     add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, model.is_fused = config.gradient_checkpointing, config.fuse
     return model
 
 
-def estimate_memory(shape: TransformerConfig, task: Task, config: SFTConfig) -> MemoryEstimate:
+def estimate_memory(
+    shape: TransformerConfig, task: Task, config: SFTConfig, has_graphs: bool = False
+) -> MemoryEstimate:
     """What a step and a validation of this run take on one rank."""
     decoded = min(config.eval_cases, DECODED_ROWS)
     work = Workload(
@@ -129,6 +131,7 @@ def estimate_memory(shape: TransformerConfig, task: Task, config: SFTConfig) -> 
         num_decoded=decoded,
         num_prefilled=decoded,
         is_perturbed=config.weight_noise > 0,
+        has_graphs=has_graphs,
     )
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 
@@ -174,7 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         shape, task, weights = describe(config)
-        memory = check_memory(partial(estimate_memory, shape, task), config, LESS_MEMORY, device)
+        estimate = partial(
+            estimate_memory,
+            shape,
+            task,
+            has_graphs=device.type == "cuda" and config.parallel == "ddp",
+        )
+        memory = check_memory(estimate, config, LESS_MEMORY, device)
         manifest = Manifest(
             "sft",
             config.preset,

@@ -90,7 +90,7 @@ ITEMS = {
     "cpu-128": Item(128, 512, 4, 4, 4, 700, 8, 16, 12, 51),
     "cpu-256": Item(256, 1024, 4, 4, 4, 700, 8, 16, 12, 51),
     "scale": Item(64, 128, 2, 2, 2, 607, 8, 16, 5, 51, 128, 0.9),
-    "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 16),
+    "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 32),
 }
 
 # What the scaling table varies, one at a time: completions, length, width of the model.
@@ -138,7 +138,9 @@ def reward_of(rows: list[list[int]]) -> list[float]:
     return [sum(token % 2 == 0 for token in row) / len(row) for row in rows]
 
 
-def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -> dict[str, Any]:
+def our_arm(
+    item: Item, folder: Path, steps: int, is_mixed: bool, is_fused: bool, device: str
+) -> dict[str, Any]:
     """GRPO steps out of minigrpo's own pieces: seconds of each, and by phase."""
     from minigrpo.grpo import group_advantages, grpo_loss, loss_denominator
     from minigrpo.optim import adamw
@@ -150,6 +152,7 @@ def our_arm(item: Item, folder: Path, steps: int, is_mixed: bool, device: str) -
     keep_freed_memory()
     torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
     model, reference = (load_transformer(folder).to(device) for _ in range(2))
+    model.is_fused = reference.is_fused = is_fused
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=device)
     mask, acting = torch.ones_like(prompts, dtype=torch.bool), ActingPolicy(1.0, item.top_p, 32)
     optimizer = adamw(model, 1e-6, (0.9, 0.999), 0.0)
@@ -260,8 +263,13 @@ def trl_arm(
 
 
 ARMS: dict[str, Callable[[Item, Path, int, str], dict[str, Any]]] = {
-    "ours": lambda item, folder, steps, device: our_arm(item, folder, steps, False, device),
-    "ours_bf16": lambda item, folder, steps, device: our_arm(item, folder, steps, True, device),
+    "ours": lambda item, folder, steps, device: our_arm(item, folder, steps, False, False, device),
+    "ours_bf16": lambda item, folder, steps, device: our_arm(
+        item, folder, steps, True, False, device
+    ),
+    "ours_fused": lambda item, folder, steps, device: our_arm(
+        item, folder, steps, True, True, device
+    ),
     "trl": lambda item, folder, steps, device: trl_arm(item, folder, steps, False, False, device),
     "trl_tuned": lambda item, folder, steps, device: trl_arm(
         item, folder, steps, False, True, device
@@ -311,9 +319,9 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 def step(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """All arms in turn, `loops` times; ratios of medians with the worst and the best pairing."""
-    arms = ["ours", "ours_bf16"]
+    arms = ["ours", "ours_bf16"] if given.device == "cpu" else ["ours_bf16", "ours_fused"]
     if given.peer_python:
-        arms += ["trl", "trl_tuned", "trl_bf16"]
+        arms += ["trl", "trl_tuned", "trl_bf16"] if given.device == "cpu" else ["trl_bf16"]
     arms = [arm for arm in arms if not given.arms or arm in given.arms.split(",")]
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for loop in range(given.loops):
@@ -341,7 +349,7 @@ def ratio(report: dict[str, Any], peer: str, ours: str) -> str:
 def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
     """What the script is for: the distance to the floor and to TRL."""
     is_cuda, rates = report["device"] == "cuda", report.get("ceilings")
-    arm = "ours_bf16" if is_cuda else "ours"
+    arm = "ours_fused" if is_cuda else "ours"
     loops = [loop["phases"] for loop in report.get("arms", {}).get(arm, []) if "phases" in loop]
     lines = ["RATIO not measured"]
     if loops and isinstance(rates, dict):
@@ -351,6 +359,10 @@ def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
         shares = "  ".join(f"{phase} {measured[phase] / floors[phase]:.2f}" for phase in floors)
         total = f"(floor {floors['step']:.2f} s, measured {measured['step']:.2f} s)"
         lines = [f"RATIO {shares}  {total}"]
+    if is_cuda:
+        found = (f"{arm} {ratio(report, 'trl_bf16', arm)}" for arm in ("ours_bf16", "ours_fused"))
+        lines.append(f"SPEEDUP vs TRL 1.16.0, both bf16, no checkpointing: {', '.join(found)}")
+        return lines
     lines.append(
         f"SPEEDUP vs TRL 1.16.0 as installed {ratio(report, 'trl', 'ours')}, tuned "
         f"{ratio(report, 'trl_tuned', 'ours')}, both bf16 {ratio(report, 'trl_bf16', 'ours_bf16')}"
@@ -394,6 +406,16 @@ def quickest(work: Callable[[], object], device: str, rounds: int = 5, repeats: 
             work()
         times.append((now(device) - began) / repeats)
     return min(times)
+
+
+def replayed(work: Callable[[], object]) -> float:
+    """CUDA: seconds of one call in a recorded graph of ten, so without the host's launches."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            work()
+    return quickest(graph.replay, "cuda") / 10
 
 
 def correct(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
@@ -525,10 +547,22 @@ def scaling(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
     report["scaling"] = table
 
 
+def attend_by(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of one token in other ways than `attend`: q [B, H, 1, D], k and v [B, J, K, D]."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    folded = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, J, G, D]
+    if name == "products":
+        return (folded @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1) @ v
+    if name == "gqa":
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        return F.scaled_dot_product_attention(folded, k, v)
+
+
 def decode(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """CUDA: attention of one new token a layer, and samplers: ms, share of the copy rate."""
     from minigrpo.policy import ActingPolicy, draw, nucleus
-    from minigrpo.transformer import attend
 
     size, found = item.width // item.num_heads, {}
     copy = report.get("ceilings", {}).get("copy_gb_s", float("nan"))
@@ -538,15 +572,21 @@ def decode(item: Item, given: argparse.Namespace, folder: Path, report: dict[str
             shape = (2, context, rows, item.num_kv_heads, size)
             cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16).permute(0, 2, 3, 1, 4)
             gb = 2e-9 * cache.numel()
+            ways = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "products", "gqa"]
             for name, kv in (("time-major", cache), ("batch-major", cache.contiguous())):
-                seconds = quickest(lambda q=q, kv=kv: attend(q, *kv, None), "cuda")  # type: ignore[misc]
-                found[f"{rows} rows, context {context}, {name}"] = {
-                    "ms": round(1e3 * seconds, 3), "of_copy_rate": round(gb / seconds / copy, 3)
-                }  # fmt: skip
+                for way in ways:
+                    key = f"{rows} rows, context {context}, {name}, {way}"
+                    try:
+                        seconds = replayed(lambda q=q, kv=kv, way=way: attend_by(way, q, *kv))  # type: ignore[misc]
+                    except RuntimeError as error:
+                        found[key] = {"failed": str(error)[:80]}
+                        continue
+                    share = gb / seconds / copy
+                    found[key] = {"ms": round(1e3 * seconds, 3), "of_copy_rate": round(share, 3)}
         z, u = torch.randn(rows, item.vocab_size, device="cuda"), torch.rand(rows, device="cuda")
         for top_p in (1.0, 0.9):
             acting = ActingPolicy(1.0, top_p, 128)
-            seconds = quickest(lambda z=z, u=u, acting=acting: draw(nucleus(z, acting), u), "cuda")  # type: ignore[misc]
+            seconds = replayed(lambda z=z, u=u, acting=acting: draw(nucleus(z, acting), u))  # type: ignore[misc]
             found[f"{rows} rows, sampler, top_p {top_p}"] = {"ms": round(1e3 * seconds, 3)}
     report["decode"] = found
 
@@ -555,34 +595,58 @@ def rollout(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
     """CUDA: our rollout and that of transformers' generate, seconds and tokens a second."""
     from transformers import AutoModelForCausalLM
 
+    from minigrpo import sampling
     from minigrpo.policy import ActingPolicy
-    from minigrpo.sampling import StopRule, sample_completions
+    from minigrpo.sampling import Completions, StopRule, sample_completions
     from minigrpo.transformer import load_transformer
 
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device="cuda")
     mask, rows = torch.ones_like(prompts, dtype=torch.bool), item.num_prompts * item.group_size
     uniforms, tokens = torch.rand(rows, item.length, device="cuda"), rows * item.length
-    ours, stop = load_transformer(folder).cuda().bfloat16(), StopRule((), 0, item.length)
+    ours, stop = load_transformer(folder).cuda(), StopRule((), 0, item.length)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
     whole = prompts.repeat_interleave(item.group_size, 0)
+
+    def sample(top_p: float, is_fused: bool = False) -> Completions:
+        ours.is_fused = is_fused
+        acting = ActingPolicy(1.0, top_p)
+        with torch.autocast("cuda", torch.bfloat16):
+            return sample_completions(ours, prompts, mask, item.group_size, acting, stop, uniforms)
+
     arms: dict[str, Callable[[], object]] = {
-        "ours": lambda: sample_completions(
-            ours, prompts, mask, item.group_size, ActingPolicy(1.0, 1.0), stop, uniforms
-        ),
+        "ours, graphs": lambda: sample(1.0),
+        "ours, graphs, top_p 0.9": lambda: sample(0.9),
+        "ours, graphs, fused": lambda: sample(1.0, True),
+        "ours, eager": lambda: sample(1.0),
         "generate": lambda: theirs.generate(
             whole, attention_mask=torch.ones_like(whole), do_sample=True, top_k=0, top_p=1.0,
             min_new_tokens=item.length, max_new_tokens=item.length, pad_token_id=0,
         ),
     }  # fmt: skip
     found = {}
+    tokens_of = {}
     for name, work in arms.items():
+        sampling._DECODERS.clear()
+        has_graphs = sampling.has_graphs
+        if "eager" in name:
+            sampling.has_graphs = lambda *_: False
         torch.cuda.reset_peak_memory_stats()
-        seconds = quickest(work, "cuda", rounds=1, repeats=1)
+        began = now("cuda")
+        done = work()
+        first = now("cuda") - began
+        # Recording and compiling are over after a first one; the others have neither.
+        seconds = quickest(work, "cuda", rounds=1, repeats=1) if "graphs" in name else first
+        sampling.has_graphs = has_graphs
+        if isinstance(done, Completions):
+            tokens_of[name] = done.tokens
         found[name] = {
             "s": round(seconds, 3),
+            "first_s": round(first, 1),
             "tokens_per_s": round(tokens / seconds),
             "peak_gb": round(peak_gb("cuda"), 2),
         }
+    same = (tokens_of["ours, graphs"] == tokens_of["ours, eager"]).all(dim=1).double().mean()
+    found["rows_equal_with_and_without_graphs"] = float(same)
     report["rollout"] = found
 
 
@@ -595,10 +659,8 @@ def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
     found = {}
     for is_compiled in (False, True):
         model = load_transformer(folder).cuda()
-        if is_compiled:
-            for block in model.blocks:
-                block.compile()
-        for rows in (8, 16, 32, 64):
+        model.is_fused = is_compiled
+        for rows in (16, 32):
             prompts = torch.randint(item.vocab_size, (rows, item.prompt_length), device="cuda")
             tokens = torch.randint(item.vocab_size, (rows, item.length), device="cuda")
             mask = torch.ones_like(prompts, dtype=torch.bool)
@@ -608,9 +670,13 @@ def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
                     scores = completion_scores(model, p, m, t, None, 1.0)  # noqa: B023
                 scores.logprobs.sum().backward()
 
-            name = f"{rows} rows, {'compiled' if is_compiled else 'plain'}"
+            name = f"{rows} rows, {'fused' if is_compiled else 'plain'}"
             try:
                 torch.cuda.reset_peak_memory_stats()
+                model.zero_grad(set_to_none=True)
+                began = now("cuda")
+                work()
+                first = now("cuda") - began
                 seconds = quickest(work, "cuda", rounds=3, repeats=1)
             except torch.cuda.OutOfMemoryError:
                 found[name] = {"failed": "out of memory"}
@@ -618,6 +684,7 @@ def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
             gflop = 6e-9 * item.num_matrix_parameters * rows * (item.prompt_length + item.length)
             found[name] = {
                 "s": round(seconds, 3),
+                "first_s": round(first, 1),
                 "of_ceiling": round(gflop / seconds / rate, 3),
                 "peak_gb": round(peak_gb("cuda"), 1),
             }
@@ -688,6 +755,8 @@ def main() -> None:
                 SECTIONS[section](item, given, Path(name), report)
             except (RuntimeError, ImportError) as error:  # one section must not cost the others
                 report[section] = f"failed: {error}"
+            if given.device == "cuda":
+                torch.cuda.empty_cache()
             print(section, json.dumps(report.get(section, "")), flush=True)
             save(report, given.out)
     report["last_lines"] = last_lines(item, report)

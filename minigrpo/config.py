@@ -94,6 +94,11 @@ class RunSettings(Settings):
     gradient_checkpointing: bool = flag(
         False, "keep a block's input alone and compute it again in the backward pass"
     )
+    fuse: bool = flag(
+        False,
+        "torch.compile of a block's element-wise operations and of the scores: on a GPU faster "
+        "steps, after a first one that takes a minute longer",
+    )
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
     resume: bool = flag(
         False,

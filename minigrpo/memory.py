@@ -4,7 +4,8 @@
     sampling   KV cache 2 layers J D (rows (L + C) + prompts L), logits [rows, V], prompts' prefill;
                4 bytes each, since validation is in float32
     update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
-    peak       model + the larger of sampling and update
+    peak       model + the larger of sampling and update, or on CUDA both: recorded graphs keep
+               their tensors, of training and of validation, and a copy of the weights
 
 A block keeps for each of its tokens, E width, H heads, J key-value heads, D head size, F MLP width:
 4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
@@ -51,6 +52,7 @@ class Workload:
     support_size: int = 0  # 0: untruncated
     has_reference: bool = False  # as a second copy
     is_perturbed: bool = False  # SFT under weight noise holds the weights without it
+    has_graphs: bool = False  # sampling.has_graphs: its tensors stay
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,20 @@ class MemoryEstimate:
     model: dict[str, int]
     sampling: dict[str, int]
     update: dict[str, int]
+    has_graphs: bool = False
 
     @property
     def peak(self) -> int:
-        return sum(self.model.values()) + max(
-            sum(self.sampling.values()), sum(self.update.values())
-        )
+        phases = sum(self.sampling.values()), sum(self.update.values())
+        return sum(self.model.values()) + (sum(phases) if self.has_graphs else max(phases))
 
     def table(self) -> str:
         def line(name: str, parts: dict[str, int]) -> str:
             shown = (f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size)
             return f"  {name:9s} {sum(parts.values()) / 2**30:8.2f}  {', '.join(shown)}"
 
-        return "\n".join(line(name, parts) for name, parts in vars(self).items())
+        phases = ("model", "sampling", "update")
+        return "\n".join(line(name, getattr(self, name)) for name in phases)
 
 
 def memory_estimate(
@@ -114,11 +117,12 @@ def memory_estimate(
             "bfloat16 weights": weights // 2 if half else 0,
         },
         sampling={
-            "KV cache": kv * (work.num_decoded * length + prefilled),
+            "KV cache": kv * (work.num_decoded * length + prefilled) * (1 + work.has_graphs),
             "logits": 5 * 4 * work.num_decoded * shape.vocab_size,
             "prefill": prefilled * _bytes_of_a_block(shape, work.prompt_length, 4),
             "support": 2 * work.num_rows * work.completion_length * row,
             "gathered weights": weights if shards > 1 else 0,
+            "copied weights": (weights // 2 + tables if half else weights) * work.has_graphs,
         },
         update={
             "activations": shape.num_layers * kept,
@@ -127,6 +131,7 @@ def memory_estimate(
             "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
             * (shards > 1),
         },
+        has_graphs=work.has_graphs,
     )
 
 
@@ -183,7 +188,8 @@ def check_memory(
     found = f"{peak / 2**30:.2f} of the {free / 2**30:.2f} GiB free on {device.type}"
     if free == UNKNOWN:
         found = f"{peak / 2**30:.2f} GiB, free memory unknown"
-    lines = f"memory estimate: {found}, the larger of sampling and update beside the model"
+    parts = "sampling and update" if estimated.has_graphs else "the larger of sampling and update"
+    lines = f"memory estimate: {found}, {parts} beside the model"
     if peak <= free:
         return f"{lines}\n{estimated.table()}"
     advice = [f"the run must fit into memory, got {found}", estimated.table(), "GiB with"]

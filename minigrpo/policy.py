@@ -16,20 +16,24 @@ N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minigrpo.shapes import check_shapes
-from minigrpo.transformer import Transformer
+from minigrpo.transformer import Transformer, fused
 
 # Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`).
-CHUNK_ELEMENTS = 2**26
+CHUNK_ELEMENTS = 2**27
+# Tokens of a block of the vocabulary, where draws and top-p go over it in two levels.
+BLOCK = 128
+LARGE_VOCABULARY = 32 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,49 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row, descending, equal ones by id, which topk leaves open."""
+    if values.is_cuda:
+        return _largest_on_gpu(values, count)
     best, ids = values.topk(min(count + 1, values.shape[1]), dim=-1)
     tied = (best[:, 1:] == best[:, :-1]).any(dim=-1)  # also looks one past the cap
     if tied.any():
         again, order = torch.sort(values[tied], dim=-1, descending=True, stable=True)
         best[tied], ids[tied] = again[:, : best.shape[1]], order[:, : best.shape[1]]
     return best[:, :count], ids[:, :count]
+
+
+def _blocks(logits: Tensor) -> Tensor:
+    """[B, V] -> [B, V / BLOCK, BLOCK], filled up with -inf."""
+    missing = -logits.shape[-1] % BLOCK
+    filled = F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+    return rearrange(filled, "b (n k) -> b n k", k=BLOCK)
+
+
+def _largest_on_gpu(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same without a look from the host, which a CUDA graph cannot wait for.
+
+    The `count` blocks with the largest maxima hold the `count` best tokens: every other block has
+    its best token below `count` others. So 16,384 values are sorted rather than 152,000.
+    """
+    blocks = _blocks(values)
+    chosen = _places_of_best(blocks.amax(dim=-1), min(count, blocks.shape[1]))
+    chosen = chosen.sort(dim=-1).values  # so that a place is smaller if and only if the id is
+    inside = blocks.gather(1, repeat(chosen, "b s -> b s k", k=BLOCK)).flatten(1)
+    places = _places_of_best(inside, count)  # [B, count]
+    ids = chosen.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
+    return values.gather(-1, ids), ids
+
+
+def _places_of_best(values: Tensor, count: int) -> Tensor:
+    """Places [B, count] of the largest in float32, descending, the smaller place first if equal.
+
+    Bits of a float, those of a negative one turned round, are ordered as the floats are; times the
+    row's length, with the place behind, no two keys are equal.
+    """
+    bits = (values.float() + 0.0).view(torch.int32)  # -0 + 0 = 0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    behind = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
+    keys = (ordered * values.shape[-1] + behind).topk(count, dim=-1).values
+    return values.shape[-1] - 1 - keys % values.shape[-1]
 
 
 def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,14 +145,44 @@ def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         place = q.logprobs.argmax(dim=-1, keepdim=True)  # the first of equals
     else:
         cdf = F.softmax(q.logprobs, dim=-1).cumsum(dim=-1)  # on a CPU faster than exp
-        total = cdf[:, -1:].contiguous()
-        target = rearrange(uniforms.to(cdf), "b -> b 1") * total
-        # right=True steps over tokens of probability 0; the last possible one, the first that
-        # reaches the total, catches a target that rounding lifted to it.
-        last = torch.searchsorted(cdf, total)
-        place = torch.minimum(torch.searchsorted(cdf, target, right=True), last)
+        place = _first_above(cdf, rearrange(uniforms, "b -> b 1"))
     tokens = place if q.support is None else q.support.gather(-1, place)
     return rearrange(tokens, "b 1 -> b"), rearrange(q.logprobs.gather(-1, place), "b 1 -> b")
+
+
+def draw_untruncated(
+    logits: Tensor, temperature: float, uniforms: Tensor, is_fused: bool
+) -> tuple[Tensor, Tensor]:
+    """`draw` of q = p over a large vocabulary, which is read once: a block, then a token in it.
+
+    Sums are in float64 and so may the uniforms [B] be: in float32 most of the tail cannot be drawn.
+    """
+    norms = (fused(block_norms) if is_fused else block_norms)(logits, temperature)  # [B, n]
+    total = torch.logsumexp(norms, dim=-1, keepdim=True)  # [B, 1]
+    cdf = torch.exp((norms - total).double()).cumsum(dim=-1)
+    shares = rearrange(uniforms.double(), "b -> b 1")
+    chosen = _first_above(cdf, shares)  # [B, 1]
+    before, after = F.pad(cdf, (1, 0)).gather(-1, chosen), cdf.gather(-1, chosen)
+    inside = _blocks(logits).gather(1, repeat(chosen, "b 1 -> b 1 k", k=BLOCK))
+    scaled = tempered(rearrange(inside, "b 1 k -> b k"), temperature)
+    within = (shares * cdf[:, -1:] - before) / (after - before)  # what is left of the uniform
+    place = _first_above(F.softmax(scaled.double(), dim=-1).cumsum(dim=-1), within)
+    logq = scaled.gather(-1, place) - total
+    return rearrange(chosen * BLOCK + place, "b 1 -> b"), rearrange(logq, "b 1 -> b")
+
+
+def block_norms(logits: Tensor, temperature: float) -> Tensor:
+    """log sum exp(z / temperature) over each block of the vocabulary, [B, V / BLOCK]."""
+    return torch.logsumexp(tempered(_blocks(logits), temperature), dim=-1)
+
+
+def _first_above(cdf: Tensor, shares: Tensor) -> Tensor:
+    """The first place [B, 1] at which the running sums [B, K] exceed a share [B, 1] of the last."""
+    total = cdf[:, -1:].contiguous()
+    # right=True steps over tokens of probability 0; the last possible one, the first that reaches
+    # the total, catches a target that rounding lifted to it.
+    last = torch.searchsorted(cdf, total)
+    return torch.minimum(torch.searchsorted(cdf, shares.to(cdf) * total, right=True), last)
 
 
 @dataclass(frozen=True)
@@ -165,21 +236,29 @@ def completion_scores(
 
     The last completion token is never fed, and only completion positions reach the head, in chunks.
     """
-    num_prompt, num_completion = prompt_tokens.shape[1], completion_tokens.shape[1]
     tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
-    # Right padding needs no mask: no real token comes after it, and what is scored there is masked.
-    tail = prompt_mask.new_ones(len(tokens), num_completion - 1)
-    mask = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, tail], dim=1)
+    # Padding goes to the right, where it needs no mask: no real token comes after it, and what is
+    # scored there is masked.
+    pads = (~prompt_mask).sum(dim=1, keepdim=True)  # [M, 1]
+    is_padded, places = bool(pads.any()), torch.arange(tokens.shape[1], device=tokens.device)
+    if is_padded:
+        tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
+
+    formula = fused(score_logits) if model.is_fused else score_logits
 
     def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
         def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
-            scores = score_logits(logits, taken, kept, temperature)
+            scores = formula(logits, taken, kept, temperature)
             return scores.logprobs, scores.entropy
 
-        completions = hidden[:, num_prompt - 1 :]  # [M, C, E]
+        completions = hidden[:, prompt_tokens.shape[1] - 1 :]  # [M, C, E]
+        if is_padded:
+            shifted = places[prompt_tokens.shape[1] - 1 :] - pads  # [M, C]
+            index = repeat(shifted, "m c -> m c e", e=hidden.shape[2])
+            completions = hidden.gather(1, index)
         return in_chunks(score, completions, head_weight, completion_tokens, support)
 
-    return TokenScores(*model(tokens, mask, None, output))
+    return TokenScores(*model(tokens, None, None, output))
 
 
 def in_chunks(
@@ -200,6 +279,7 @@ def in_chunks(
     step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
     if step >= hidden.shape[1]:
         return piece(hidden, head_weight, *columns)
+    step = math.ceil(hidden.shape[1] / math.ceil(hidden.shape[1] / step))  # of nearly equal size
     pieces = [
         checkpoint(
             piece,

@@ -241,7 +241,7 @@ def mean_plans(controls: Tensor) -> Tensor:
     """
     horizon, size = controls.shape[2], controls.shape[1]
     others = (controls.sum(dim=1, keepdim=True) - controls) / (size - 1)
-    time = torch.arange(horizon)
+    time = torch.arange(horizon, device=controls.device)
     is_own = rearrange(time, "t -> 1 t") < rearrange(time, "k -> k 1")  # [T, T]
     own, rest = (rearrange(plan, "p g t -> p g 1 t") for plan in (controls, others))
     return torch.where(is_own, own, rest)
@@ -263,17 +263,20 @@ def control_variates(
     """
     parsed, flown = experience.parsed, experience.trajectories
     horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
+    device = experience.completions.tokens.device
     variates = torch.full((len(parsed.is_valid), length), torch.nan, dtype=torch.float64)
     whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
     groups = rearrange(torch.arange(len(variates)), "(p g) -> p g", g=group_size)[whole]
-    at_once = max(1, 32 // group_size)  # T plans a row: few fit the cache
+    # T plans a row: few fit the cache of a CPU, while a GPU wants many. In float64 on both.
+    at_once = max(1, (4096 if device.type == "cuda" else 32) // group_size)
     for rows in torch.split(groups, at_once) if len(groups) else ():
-        plans = rearrange(mean_plans(flown.controls[rows]), "p g k t -> (p g k) t")
-        starts = repeat(flown.states[rows, 0], "p g c -> (p g k) c", k=horizon)
-        valid = torch.ones(len(plans), dtype=torch.bool)
-        written = ParsedControls(plans, valid, torch.full((len(plans),), horizon))
+        own = flown.controls[rows].to(device)
+        plans = rearrange(mean_plans(own), "p g k t -> (p g k) t")
+        starts = repeat(flown.states[rows, 0].to(device), "p g c -> (p g k) c", k=horizon)
+        valid = torch.ones(len(plans), dtype=torch.bool, device=device)
+        written = ParsedControls(plans, valid, torch.full_like(valid, horizon, dtype=torch.int64))
         total = reward(written, task.plant.simulate(starts, plans)).total
-        rows, worth = rows.flatten(), rearrange(total, "(n k) -> n k", k=horizon)
+        rows, worth = rows.flatten(), rearrange(total.cpu(), "(n k) -> n k", k=horizon)
         variates[rows, :horizon] = worth
         variates[rows, horizon] = experience.rewards.total[rows]  # EOS: the plan is written
     return variates

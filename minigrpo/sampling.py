@@ -10,13 +10,16 @@ Masks come from positions, never from token values, so pad may be EOS.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from minigrpo.policy import ActingPolicy, draw, nucleus
+from minigrpo.policy import LARGE_VOCABULARY, ActingPolicy, draw, draw_untruncated, nucleus
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import KVCache, Transformer, last_logits
 
@@ -79,12 +82,14 @@ def sample_completions(
     if uniforms is not None:
         check_shapes(uniforms=(uniforms, f"{num_rows} {length}"))
     per_batch = max(1, rows_per_batch // group_size)
+    is_padded = not bool(prompt_mask.all())
     batches = []
     for start in range(0, len(prompt_tokens), per_batch):
         end = start + per_batch
         tokens, mask = prompt_tokens[start:end], prompt_mask[start:end]
         drawn = None if uniforms is None else uniforms[start * group_size : end * group_size]
-        batches.append(_decode(model, tokens, mask, group_size, acting, stop, drawn))
+        decoder = _decoder(model, tokens, group_size, acting, stop, is_padded, drawn is None)
+        batches.append(decoder.decode(model, tokens, mask, drawn))
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
     longest = int(mask.sum(dim=1).max())
@@ -106,52 +111,182 @@ def sample_completions(
     )
 
 
-def _decode(
+# Of each model, on CUDA: recorded graphs by the shapes and settings that they hold for. Training
+# and the two validations use three or four; more, as with final_temperature, push out the oldest.
+MAX_DECODERS = 4
+_DECODERS: WeakKeyDictionary[Transformer, dict[tuple[object, ...], _Decoder]] = WeakKeyDictionary()
+
+
+def _decoder(
     model: Transformer,
     prompt_tokens: Tensor,
-    prompt_mask: Tensor,
     group_size: int,
     acting: ActingPolicy,
     stop: StopRule,
-    uniforms: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """One batch of rows in lock-step until all have ended; columns never reached keep filler."""
-    (num_prompts, prompt_length), device = prompt_tokens.shape, prompt_tokens.device
-    num_rows, length = num_prompts * group_size, stop.max_length
-    tokens = torch.full((num_rows, length), stop.pad_id, device=device)  # [N, C]
-    alive = torch.zeros(num_rows, length + 1, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(num_rows, length, device=device)
-    kept_mass = torch.ones(num_rows, length, device=device)
-    is_capped = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
-    width = 1 if acting.top_p == 1.0 else min(acting.support_size, model.config.vocab_size)
-    support = torch.full((num_rows, length, width), -1, dtype=torch.int32, device=device)
-    eos = torch.tensor(stop.eos_ids, device=device)
-
-    padded = not bool(prompt_mask.all())
+    is_padded: bool,
+    is_greedy: bool,
+) -> _Decoder:
+    device, weight = prompt_tokens.device, model.embed.weight
     is_mixed = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if is_mixed else model.embed.weight.dtype
-    once = KVCache(model.config, num_prompts, prompt_length, device, dtype)
-    logits = model(prompt_tokens, prompt_mask if padded else None, once, last_logits)  # [P, V]
-    cache = KVCache(model.config, num_rows, prompt_length + length, device, dtype)
-    cache.fill_from(once, group_size)
-    logits = repeat(logits, "p v -> (p g) v", g=group_size)
-    seen = torch.ones(num_rows, prompt_length + length, dtype=torch.bool, device=device)
-    seen[:, :prompt_length] = repeat(prompt_mask, "p l -> (p g) l", g=group_size)
+    dtype = torch.get_autocast_dtype(device.type) if is_mixed else weight.dtype
+    num_prompts, length = prompt_tokens.shape
+    key = (num_prompts, length, group_size, acting, stop, is_padded, is_greedy, dtype, device)
+    kept = _DECODERS.setdefault(model, {})
+    if key not in kept:
+        decoder = _Decoder(model, *key)
+        if not decoder.has_graphs:
+            return decoder
+        if len(kept) == MAX_DECODERS:
+            del kept[next(iter(kept))]
+        kept[key] = decoder
+    return kept[key]
 
-    alive[:, 0] = True
-    for step in range(length):
-        q = nucleus(logits, acting)
-        drawn, logq = draw(q, None if uniforms is None else uniforms[:, step])
-        now = alive[:, step]
-        tokens[:, step] = torch.where(now, drawn, stop.pad_id)
-        logprobs[:, step] = torch.where(now, logq, 0.0)
-        kept_mass[:, step] = torch.where(now, q.kept_mass, 1.0)
-        is_capped[:, step] = q.is_capped & now
-        if q.support is not None:
-            support[:, step] = torch.where(rearrange(now, "n -> n 1"), q.support.int(), -1)
-        alive[:, step + 1] = now & ~torch.isin(drawn, eos)
-        if step + 1 == length or not bool(alive[:, step + 1].any()):
-            break
-        mask = seen[:, : prompt_length + step + 1] if padded else None
-        logits = model(tokens[:, step : step + 1], mask, cache, last_logits)
-    return tokens, alive[:, :-1], logprobs, kept_mass, is_capped, ~alive[:, step + 1], support
+
+class _Decoder:
+    """Rows in lock-step, `decode` by `decode`: the tensors that one batch fills column by column.
+
+    On CUDA the kernels of a few tokens are recorded once as a graph and then replayed: to launch
+    them one by one takes the host several times as long as they run. A graph reads and writes
+    fixed addresses, so it has a copy of the weights, in the precision of its products, which each
+    batch renews, and the tensors stay for the next batch of the same shape.
+    """
+
+    TOKENS_PER_GRAPH = 16
+
+    def __init__(
+        self,
+        model: Transformer,
+        num_prompts: int,
+        prompt_length: int,
+        group_size: int,
+        acting: ActingPolicy,
+        stop: StopRule,
+        is_padded: bool,
+        is_greedy: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.has_graphs = has_graphs(model, device)
+        self.model = _copy_for_decoding(model, dtype) if self.has_graphs else model
+        self.group_size, self.acting, self.stop, self.is_padded = (
+            group_size, acting, stop, is_padded
+        )  # fmt: skip
+        self.prompt_length, self.graphs = prompt_length, dict[int, torch.cuda.CUDAGraph]()
+        rows, length = num_prompts * group_size, stop.max_length
+        self.once = KVCache(model.config, num_prompts, prompt_length, device, dtype)
+        self.cache = KVCache(model.config, rows, prompt_length + length, device, dtype)
+        self.uniforms = None if is_greedy else torch.zeros(rows, length, device=device).double()
+        self.seen = torch.ones(rows, prompt_length + length, dtype=torch.bool, device=device)
+        self.eos = torch.tensor(stop.eos_ids, device=device)
+        self.tokens = torch.full((rows, length), stop.pad_id, device=device)  # [N, C]
+        self.alive = torch.ones(rows, length + 1, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(rows, length, device=device)
+        self.kept_mass = torch.ones(rows, length, device=device)
+        self.is_capped = torch.zeros(rows, length, dtype=torch.bool, device=device)
+        width = 1 if acting.top_p == 1.0 else min(acting.support_size, model.config.vocab_size)
+        self.support = torch.full((rows, length, width), -1, dtype=torch.int32, device=device)
+
+    def decode(
+        self,
+        model: Transformer,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        uniforms: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Until all rows have ended; columns never reached keep filler."""
+        if self.has_graphs:
+            _renew(self.model, model)
+        for values, filler in (
+            (self.tokens, self.stop.pad_id), (self.alive[:, 1:], False), (self.logprobs, 0),
+            (self.kept_mass, 1), (self.is_capped, False), (self.support, -1),
+        ):  # fmt: skip
+            values.fill_(filler)
+        if self.uniforms is not None and uniforms is not None:
+            self.uniforms.copy_(uniforms)
+        mask = repeat(prompt_mask, "p l -> (p g) l", g=self.group_size)
+        self.seen[:, : self.prompt_length] = mask
+        self.once.length = 0
+        logits = self.model(
+            prompt_tokens, prompt_mask if self.is_padded else None, self.once, last_logits
+        )  # [P, V]
+        self.cache.fill_from(self.once, self.group_size)
+        self._write(repeat(logits, "p v -> (p g) v", g=self.group_size), 0)
+        stride = self.TOKENS_PER_GRAPH if self.has_graphs else 1
+        for first in range(1, self.stop.max_length, stride):
+            if not bool(self.alive[:, first].any()):
+                break
+            steps = range(first, min(first + stride, self.stop.max_length))
+            if self.has_graphs:
+                self._replay(steps)
+            else:
+                self._advance(steps)
+        found = (self.tokens, self.alive[:, :-1], self.logprobs, self.kept_mass, self.is_capped)
+        # The next batch writes into these again.
+        return *(value.clone() for value in found), ~self.alive[:, -1], self.support.clone()
+
+    def _advance(self, steps: range) -> None:
+        for step in steps:
+            self.cache.length = end = self.prompt_length + step - 1
+            mask = self.seen[:, : end + 1] if self.is_padded else None
+            last = self.tokens[:, step - 1 : step]
+            self._write(self.model(last, mask, self.cache, last_logits), step)
+
+    def _write(self, logits: Tensor, step: int) -> None:
+        """Draw column `step` of every row that is alive."""
+        uniforms = None if self.uniforms is None else self.uniforms[:, step]
+        now, acting = self.alive[:, step], self.acting
+        if acting.top_p == 1.0 and uniforms is not None and logits.shape[1] > LARGE_VOCABULARY:
+            is_fused = self.model.is_fused
+            drawn, logq = draw_untruncated(logits, acting.temperature, uniforms, is_fused)
+        else:
+            q = nucleus(logits, acting)
+            drawn, logq = draw(q, uniforms)
+            self.kept_mass[:, step] = torch.where(now, q.kept_mass, 1.0)
+            self.is_capped[:, step] = q.is_capped & now
+            if q.support is not None:
+                support = q.support.int()
+                self.support[:, step] = torch.where(rearrange(now, "n -> n 1"), support, -1)
+        self.tokens[:, step] = torch.where(now, drawn, self.stop.pad_id)
+        self.logprobs[:, step] = torch.where(now, logq, 0.0)
+        self.alive[:, step + 1] = now & ~torch.isin(drawn, self.eos)
+
+    def _replay(self, steps: range) -> None:
+        if steps[0] not in self.graphs:
+            if not self.graphs:
+                self._advance(steps)  # kernels are chosen and compiled outside of a recording
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._advance(steps)
+            self.graphs[steps[0]] = graph
+        self.graphs[steps[0]].replay()
+
+
+def has_graphs(model: Transformer, device: torch.device) -> bool:
+    """Sharded parameters change their address with every gathering, so no graph can read them."""
+    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def _copy_for_decoding(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy whose linear layers have the dtype that autocast would give them anew for every token.
+
+    All else stays as it is: what is added, normed or looked up is not rounded in training either.
+    """
+    copied = deepcopy(model).requires_grad_(False)
+    if copied.head is None and copied.embed.weight.dtype != dtype:
+        vocab_size, width = copied.embed.weight.shape
+        copied.head = nn.Linear(width, vocab_size, bias=False, device="meta")
+        copied.head.weight = nn.Parameter(copied.embed.weight.clone(), requires_grad=False)
+    for name, parameter in copied.named_parameters():
+        if not name.startswith("embed") and (parameter.ndim == 2 or name.endswith("bias")):
+            parameter.data = parameter.data.to(dtype)
+    return copied
+
+
+@torch.no_grad()
+def _renew(copied: Transformer, model: Transformer) -> None:
+    """Give the copy the model's weights of now; a tied head that it has apart is the embedding."""
+    own = dict(model.named_parameters())
+    targets = dict(copied.named_parameters())
+    sources = [own.get(name, model.embed.weight) for name in targets]
+    torch._foreach_copy_(list(targets.values()), sources)

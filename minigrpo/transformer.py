@@ -19,8 +19,9 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+P = ParamSpec("P")
 R = TypeVar("R")
 V = TypeVar("V")
 ARCHITECTURES = {
@@ -212,7 +214,8 @@ def _typed(kind: type[V], value: object) -> V:
 class KVCache:
     """Keys and values of the tokens so far, preallocated; the one object written in place.
 
-    Time-major: a step appends one contiguous block, and `attend` streams over whole rows.
+    In memory time-major: a step appends one contiguous block, and on a CPU `attend` streams over
+    whole rows. On CUDA a batch-major one is no faster (make bench).
     """
 
     def __init__(
@@ -223,8 +226,10 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        shape = (config.num_layers, 2, max_length, num_rows, config.num_kv_heads, config.head_size)
-        self.blocks = torch.empty(shape, device=device, dtype=dtype)  # [layers, 2, K, B, J, D]
+        layers, heads, size = config.num_layers, config.num_kv_heads, config.head_size
+        shape = (layers, 2, max_length, num_rows, heads, size)
+        by_time = torch.empty(shape, device=device, dtype=dtype)
+        self.blocks = rearrange(by_time, "l two k b j d -> l two b j k d")
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,19 +238,18 @@ class KVCache:
         The model moves `length` when all layers have appended.
         """
         end = self.length + keys.shape[2]
-        block = self.blocks[layer]
-        block[0, self.length : end] = rearrange(keys, "b j q d -> q b j d")
-        block[1, self.length : end] = rearrange(values, "b j q d -> q b j d")
-        keys, values = rearrange(block[:, :end], "two k b j d -> two b j k d")
-        return keys, values
+        all_keys, all_values = self.blocks[layer, :, :, :, :end]
+        all_keys[:, :, self.length :] = keys
+        all_values[:, :, self.length :] = values
+        return all_keys, all_values
 
     def fill_from(self, prompts: KVCache, group_size: int) -> None:
         """Copy a prompt's keys and values to each member of its group: one prefill, not G."""
         self.length = prompts.length
-        seen = prompts.blocks[:, :, : prompts.length]
-        self.blocks[:, :, : self.length] = repeat(
-            seen, "l two k p j d -> l two k (p g) j d", g=group_size
+        groups = rearrange(
+            self.blocks[..., : self.length, :], "l two (p g) j k d -> l two p g j k d", g=group_size
         )
+        groups[:] = rearrange(prompts.blocks, "l two p j k d -> l two p 1 j k d")
 
 
 class RMSNorm(nn.Module):
@@ -273,39 +277,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if norm else nn.Identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        bias: Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [B, H, Q, D] and k, and v [B, J, Q, D], of the new tokens x [B, Q, E]."""
         heads = self.num_heads + 2 * self.num_kv_heads
         # One copy here spares rotation and products strided reads: 3 ms of 8 a layer in training.
         qkv = rearrange(self.qkv(x), "b q (h d) -> b h q d", h=heads).contiguous()
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k))
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), bias)
-        out: Tensor = self.out(rearrange(mixed, "b h q d -> b q (h d)"))
-        return out
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool = False) -> Tensor:
     """softmax(q k' / sqrt(D) + bias) v.
 
     q [B, H, Q, D], k and v [B, J, K, D] -> [B, H, Q, D]; query head h reads key-value head
-    h // (H / J). `bias` is 0 or -inf, [B or 1, 1, Q, K]; None allows all. On a CPU two plain
-    products beat scaled_dot_product_attention in training by a factor of 7 (README, Speed);
-    there the heads of a group are folded into the query length, so keys are never repeated.
+    h // (H / J). `bias` is 0 or -inf, [B or 1, 1, Q, K]; None allows all, or, with `is_causal`
+    (CUDA), the keys up to the query's own place. On a CPU two plain products beat
+    scaled_dot_product_attention in training by a factor of 7 (README, Speed). The heads of a group
+    are folded into the query length where the kernel at hand would repeat their keys.
     """
     group = q.shape[1] // k.shape[1]
     if q.shape[2] == 1 and group == 1 and not q.is_cuda and q.dtype != torch.bfloat16:
         return _attend_one(q, k, v, bias)
-    if q.is_cuda or q.shape[2] == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=group > 1)
+    if q.shape[2] == 1 and (bias is not None or not q.is_cuda):
+        folded = rearrange(q, "b (j g) 1 d -> b j g d", g=group)
+        mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
+        return rearrange(mixed, "b j g d -> b (j g) 1 d")
+    if q.is_cuda:  # without a bias the flash kernel; decoding reads keys at 90 % of a copy's rate
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=is_causal, enable_gqa=group > 1
+        )
     queries = rearrange(q, "b (j g) q d -> (b j) (g q) d", g=group)
     keys, values = rearrange(k, "b j k d -> (b j) d k"), rearrange(v, "b j k d -> (b j) k d")
     if bias is None:
@@ -353,33 +353,68 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(
-        self,
-        h: Tensor,
-        rotation: Rotation,
-        bias: Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), rotation, bias, cache, layer)
-        h = h + self.mlp(self.mlp_norm(h))
-        return h
+    def forward(self, h: Tensor, tokens: NewTokens, cache: KVCache | None, layer: int) -> Tensor:
+        # Attention and cache stay outside what is fused: their length changes with every token.
+        before, after = before_attention, after_attention
+        if tokens.is_fused:
+            before, after = fused(before), fused(after)
+        q, k, v = before(self, h, tokens.cos, tokens.sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), tokens.bias, tokens.is_causal)
+        return after(self, h, mixed)
 
 
-class Rotation:
+def before_attention(
+    block: Block, h: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return block.attention.project(block.attention_norm(h), cos, sin)
+
+
+def after_attention(block: Block, h: Tensor, mixed: Tensor) -> Tensor:
+    h = h + block.attention.out(rearrange(mixed, "b h q d -> b q (h d)"))
+    out: Tensor = h + block.mlp(block.mlp_norm(h))
+    return out
+
+
+@cache
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with its element-wise operations in few kernels, built at its first call.
+
+    Fixed shapes: there are few, and a kernel for all lengths is slower. (A shape beyond the
+    compiler's limit would silently run as it was written.)
+    """
+    torch._dynamo.config.recompile_limit = 64
+    compiled: Callable[P, R] = torch.compile(function, dynamic=False)
+    return compiled
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What all blocks share of a forward pass: the places of the new tokens, and what they see."""
+
+    cos: Tensor  # [B or 1, 1, Q, D] of the rotary positions
+    sin: Tensor  # [B or 1, 1, Q, D], the sign of the half rotation folded in
+    bias: Tensor | None  # [B or 1, 1, Q, K], 0 or -inf; None: `is_causal` decides
+    is_causal: bool  # without a bias: each sees those before it; False: all keys
+    is_fused: bool
+
+
+def rotary(
+    positions: Tensor, config: TransformerConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of position * theta^(-2i/D), [B or 1, 1, Q, D] of [B or 1, Q]."""
+    speed = rotary_frequencies(config, positions.device)  # [D/2] rad per token
+    angles = rearrange(positions.float(), "b q -> b 1 q 1") * torch.cat([speed, speed])
+    # The sign of the half rotation is folded into sin: one roll, no split, negation and join.
+    signs = torch.ones(config.head_size, device=positions.device)
+    signs[: config.head_size // 2] = -1
+    return angles.cos().to(dtype), (angles.sin() * signs).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: the pair (x_i, x_{i + D/2}) turns by position * theta^(-2i/D)."""
-
-    def __init__(self, positions: Tensor, config: TransformerConfig, dtype: torch.dtype):
-        speed = rotary_frequencies(config, positions.device)  # [D/2] rad per token
-        angles = rearrange(positions.float(), "b q -> b 1 q 1") * torch.cat([speed, speed])
-        # The sign of the half rotation is folded into sin: one roll, no split, negation and join.
-        signs = torch.ones(config.head_size, device=positions.device)
-        signs[: config.head_size // 2] = -1
-        self.cos = angles.cos().to(dtype)  # [B or 1, 1, Q, D]
-        self.sin = (angles.sin() * signs).to(dtype)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x * self.cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * self.sin
+    return (x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def rotary_frequencies(config: TransformerConfig, device: torch.device) -> Tensor:
@@ -405,6 +440,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.is_fused = False  # fused element-wise operations, here and in `completion_scores`
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -426,13 +462,14 @@ class Transformer(nn.Module):
         chunks of positions, and sharded parameters are gathered when it does.
         """
         hidden, seen = self.embed(tokens), cache.length if cache else 0
-        positions, bias = _positions_and_bias(tokens, mask, seen, hidden.dtype)
-        rotation = Rotation(positions, self.config, hidden.dtype)
+        positions, bias, is_causal = _positions_and_bias(tokens, mask, seen, hidden.dtype)
+        cos, sin = rotary(positions, self.config, hidden.dtype)
+        new = NewTokens(cos, sin, bias, is_causal, self.is_fused)
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
-                hidden = checkpoint(block, hidden, rotation, bias, None, layer, use_reentrant=False)
+                hidden = checkpoint(block, hidden, new, None, layer, use_reentrant=False)
             else:
-                hidden = block(hidden, rotation, bias, cache, layer)
+                hidden = block(hidden, new, cache, layer)
         if cache is not None:
             cache.length += tokens.shape[1]
         return output(
@@ -458,21 +495,23 @@ def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
 
 def _positions_and_bias(
     tokens: Tensor, mask: Tensor | None, seen: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Positions [B or 1, Q], the bias of attention, and whether its causal kernel needs none."""
     num_new = tokens.shape[1]
     steps = torch.arange(seen + num_new, device=tokens.device)
     keys, queries = rearrange(steps, "k -> 1 1 1 k"), rearrange(steps[seen:], "q -> 1 1 q 1")
     allowed = keys <= queries  # [1, 1, Q, K]
     if mask is None:
         positions = rearrange(steps[seen:], "q -> 1 q")
-        if num_new == 1:
-            return positions, None
+        is_causal = tokens.is_cuda and seen == 0 and num_new > 1
+        if num_new == 1 or is_causal:
+            return positions, None, is_causal
     else:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
         # A padded query has nothing to look at but itself; that way no row of a softmax is empty.
         allowed = (allowed & rearrange(mask, "b k -> b 1 1 k")) | (keys == queries)
     bias = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device)
-    return positions, bias.masked_fill(~allowed, -torch.inf)
+    return positions, bias.masked_fill(~allowed, -torch.inf), False
 
 
 def initialise(

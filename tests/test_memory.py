@@ -79,6 +79,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
         "prefill": 4 * 7 * 4 * (32 + 100 + 4 * 7),
         "support": 2 * 40 * 5 * row,
         "gathered weights": 0,
+        "copied weights": 0,
     }
     kept = 3 * 11 * 4 * (32 + 100 + 4 * 11)
     assert got.update == {

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from minigrpo import policy
 from minigrpo.policy import (
     ActingPolicy,
     Nucleus,
+    _largest_on_gpu,
     completion_scores,
     draw,
+    draw_untruncated,
     nucleus,
     score_logits,
 )
@@ -330,6 +333,8 @@ def test_a_rank_without_rows_has_scores_and_a_zero_gradient():
 class PrefixTable(nn.Module):
     """A policy with free logits for every prefix; identity for a head, prompts of one token."""
 
+    is_fused = False
+
     def __init__(self, vocab: int, num_steps: int, seed: int):
         super().__init__()
         self.vocab = vocab
@@ -491,3 +496,36 @@ def test_the_mean_ratio_is_one_after_any_change_of_the_parameters():
     assert math.isclose((before.exp() * (after - before).exp()).sum(), 1.0, rel_tol=1e-12)
     assert (after - before).abs().max() > 1.0  # a real change
     assert (before.exp() * (full - before).exp()).sum() < 0.7
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(5001, 128), (607, 32), (130, 128), (300, 7)])
+@pytest.mark.parametrize("scale", [0.3, 2.0, 1e9])
+def test_the_largest_by_blocks_are_those_of_a_stable_sort(vocab, count, scale):
+    generator = torch.Generator().manual_seed(vocab)
+    z = torch.randn(40, vocab, generator=generator)
+    if scale < 1e9:
+        z = (z * scale).round()  # many equal ones
+    z[:, ::7] = -torch.inf
+    z[0], z[1], z[1, ::2] = 0.0, -0.0, 0.0
+    values, order = torch.sort(z, dim=-1, descending=True, stable=True)
+    best, ids = _largest_on_gpu(z, count)
+    assert torch.equal(best, values[:, :count])
+    assert torch.equal(ids, order[:, :count])
+
+
+@pytest.mark.parametrize(("vocab", "temperature"), [(5001, 1.0), (5120, 1.7)])
+def test_a_draw_by_blocks_is_the_inverse_of_the_whole_running_sum(vocab, temperature):
+    generator = torch.Generator().manual_seed(0)
+    z = 2 * torch.randn(1, vocab, generator=generator)
+    z[:, ::5] = z[:, 256:384] = -torch.inf  # tokens and a whole block that cannot be drawn
+    p = F.softmax(z.double() / temperature, dim=-1)[0]
+    n = 20_000
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    tokens, logq = draw_untruncated(z.expand(n, -1), temperature, uniforms, False)
+    wanted = torch.searchsorted(p.cumsum(0), uniforms, right=True)
+    assert (tokens != wanted).double().mean() < 3e-4  # at the border of two tokens
+    torch.testing.assert_close(logq.double(), p.log()[tokens], rtol=1e-5, atol=1e-5)
+    ends = torch.tensor([0.0, 1 - 2**-53, 1.0], dtype=torch.float64)
+    tokens, _ = draw_untruncated(z.expand(3, -1), temperature, ends, False)
+    possible = (p > 0).nonzero()
+    assert tokens.tolist() == [int(possible[0]), int(possible[-1]), int(possible[-1])]

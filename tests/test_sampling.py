@@ -1,10 +1,14 @@
 """Decoding with a cache against transformers and scoring; masks, stopping, stored supports."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
+from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from minigrpo import sampling
@@ -347,3 +351,90 @@ def test_sampling_leaves_its_arguments_and_the_model_as_they_were():
     after = (*PROMPTS, uniforms, *MODEL.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(p.grad is None for p in MODEL.parameters())
+
+
+def as_if_recorded(monkeypatch):
+    """The path of CUDA with its copy of the weights and kept tensors, kernels run one by one."""
+    monkeypatch.setattr(sampling, "has_graphs", lambda model, device: True)
+    monkeypatch.setattr(sampling._Decoder, "_replay", sampling._Decoder._advance)
+    monkeypatch.setattr(sampling._Decoder, "TOKENS_PER_GRAPH", 3)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_kept_decoder_draws_with_the_weights_of_now(monkeypatch, model_type, is_mixed):
+    config = TransformerConfig(model_type, 31, 16, 24, 2, 4, 2, 4, tied_head=model_type == "qwen2")
+    model = Transformer(config)
+    initialise(model, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.norm.weight *= 30
+    prompts, mask = torch.randint(2, 31, (3, 5)), torch.ones(3, 5, dtype=torch.bool)
+    mask[1, :2] = False
+    uniforms = torch.rand(6, 8)
+    acting, stop = ActingPolicy(1.2, 0.9, 6), StopRule((1,), 0, 8)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            return sample_completions(model, prompts, mask, 2, acting, stop, uniforms)
+
+    def equal(one, other):
+        return all(
+            torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+        )
+
+    first = found()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    second = found()
+    assert not equal(first, second)
+    as_if_recorded(monkeypatch)
+    assert equal(found(), second)
+    assert equal(found(), second)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    third = found()
+    assert not equal(third, second)
+    (kept,) = sampling._DECODERS.pop(model).values()
+    monkeypatch.undo()
+    assert equal(found(), third)
+    assert not any(parameter.requires_grad for parameter in kept.model.parameters())
+    assert kept.model.blocks[0].mlp.down.weight.dtype == (
+        torch.bfloat16 if is_mixed else torch.float32
+    )
+    assert kept.model.embed.weight.dtype == kept.model.norm.weight.dtype == torch.float32
+
+
+def test_few_decoders_are_kept_and_none_of_a_model_that_is_gone(monkeypatch):
+    as_if_recorded(monkeypatch)
+    model = Transformer(TransformerConfig("llama", 31, 16, 24, 1, 2, 2, 8))
+    initialise(model, torch.Generator().manual_seed(2))
+    prompts, mask = torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.bool)
+    for temperature in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
+        acting = ActingPolicy(temperature, 1.0)
+        sample_completions(model, prompts, mask, 1, acting, StopRule((1,), 0, 4), torch.rand(2, 4))
+    assert len(sampling._DECODERS[model]) == sampling.MAX_DECODERS
+    kept = weakref.ref(next(iter(sampling._DECODERS[model].values())))
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_large_vocabulary_is_drawn_from_by_blocks():
+    model = Transformer(TransformerConfig("llama", 5001, 8, 8, 1, 2, 2, 4, tied_head=False))
+    initialise(model, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.norm.weight *= 60
+    prompts, mask = torch.full((1, 2), 7), torch.ones(1, 2, dtype=torch.bool)
+    count = 20_000
+    uniforms = rearrange((torch.arange(count, dtype=torch.float64) + 0.5) / count, "n -> n 1")
+    acting, stop = ActingPolicy(1.3, 1.0), StopRule((), 0, 1)
+    done = sample_completions(model, prompts, mask, count, acting, stop, uniforms, count)
+    with torch.no_grad():
+        q = F.softmax(model(prompts, None, None, logits)[0, -1].double() / 1.3, dim=-1)
+    seen = torch.bincount(done.tokens[:, 0], minlength=5001) / count
+    assert (seen.cumsum(0) - q.cumsum(0)).abs().max() < 1e-4
+    torch.testing.assert_close(
+        done.sampling_logprobs[:, 0].double(), q.log()[done.tokens[:, 0]], rtol=1e-5, atol=1e-5
+    )

@@ -1,0 +1,135 @@
+"""What runs on CUDA alone: recorded graphs, the causal kernel, draws without the host.
+
+The CPU is the oracle, in float32 with exact products. Skipped where there is no GPU.
+"""
+
+import pytest
+import torch
+
+from minigrpo import sampling
+from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.transformer import Transformer, TransformerConfig, initialise
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SHAPES = ["llama", "qwen2", "qwen3"]
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    torch.set_float32_matmul_precision("highest")
+
+
+def work(model_type, padded, seed=0, num_prompts=6, group=4, length=37):
+    vocab = 61
+    tied = model_type == "qwen2"
+    model = Transformer(TransformerConfig(model_type, vocab, 32, 48, 2, 4, 2, 8, tied_head=tied))
+    generator = torch.Generator().manual_seed(seed)
+    initialise(model, generator)
+    with torch.no_grad():
+        model.norm.weight *= 8 if tied else 50
+    prompts = torch.randint(2, vocab, (num_prompts, 7), generator=generator)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    if padded:
+        mask[1, :3] = mask[4, :5] = False
+    uniforms = torch.rand(num_prompts * group, length, generator=generator, dtype=torch.float64)
+    return model, prompts, mask, uniforms, StopRule((1,), 0, length)
+
+
+def sample(model, prompts, mask, uniforms, stop, acting, device, group=4, rows=512):
+    drawn = None if uniforms is None else uniforms.to(device)
+    prompts, mask = prompts.to(device), mask.to(device)
+    return sample_completions(model.to(device), prompts, mask, group, acting, stop, drawn, rows)
+
+
+def assert_same(ours, theirs):
+    """Equal tokens; a draw within rounding of a border may differ, and then all after it."""
+    assert ours.tokens.shape == theirs.tokens.shape
+    rows = (ours.tokens.cpu() == theirs.tokens.cpu()).all(dim=1)
+    assert rows.double().mean() > 0.9
+    for name in ("sampling_logprobs", "kept_mass"):
+        a, b = getattr(ours, name).cpu()[rows], getattr(theirs, name).cpu()[rows]
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for name in ("mask", "ended", "is_capped", "support"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert (a is None) == (b is None)
+        if a is not None and name != "support":
+            assert torch.equal(a.cpu()[rows], b.cpu()[rows])
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_replayed_graph_draws_what_the_cpu_draws(model_type, padded, top_p):
+    model, prompts, mask, uniforms, stop = work(model_type, padded)
+    acting = ActingPolicy(1.3, top_p, 9)
+    expected = sample(model, prompts, mask, uniforms, stop, acting, "cpu")
+    for _ in range(2):  # recorded, then replayed over what the first left behind
+        assert_same(sample(model, prompts, mask, uniforms, stop, acting, "cuda"), expected)
+    other = torch.roll(uniforms, 1, 0)
+    again = sample(model, prompts, mask, other, stop, acting, "cuda")
+    assert_same(again, sample(model, prompts, mask, other, stop, acting, "cpu"))
+
+
+def test_greedy_and_batches_of_rows_are_the_same_on_both():
+    model, prompts, mask, uniforms, stop = work("qwen2", True)
+    for drawn in (None, uniforms):
+        found = [
+            sample(model, prompts, mask, drawn, stop, ActingPolicy(1.0, 1.0), *where)
+            for where in (("cpu", 4, 512), ("cuda", 4, 8), ("cuda", 4, 20))
+        ]
+        assert_same(found[1], found[0])
+        assert_same(found[2], found[0])
+
+
+def test_a_graph_sees_the_weights_of_now():
+    model, prompts, mask, uniforms, stop = work("llama", False)
+    acting = ActingPolicy(1.0, 1.0)
+    first = sample(model, prompts, mask, uniforms, stop, acting, "cuda")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.7)
+    second = sample(model, prompts, mask, uniforms, stop, acting, "cuda")
+    assert not torch.equal(first.tokens[:, :10], second.tokens[:, :10])
+    assert_same(second, sample(model, prompts, mask, uniforms, stop, acting, "cpu"))
+
+
+def test_few_decoders_are_kept():
+    model, prompts, mask, uniforms, stop = work("llama", False, length=5)
+    for temperature in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
+        acting = ActingPolicy(temperature, 1.0)
+        sample(model, prompts, mask, uniforms, stop, acting, "cuda")
+    assert len(sampling._DECODERS[model]) == sampling.MAX_DECODERS
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_scores_and_gradients_are_those_of_the_cpu(model_type, padded, is_fused):
+    model, prompts, mask, _, _ = work(model_type, padded)
+    tokens = torch.randint(2, model.config.vocab_size, (len(prompts), 11))
+    found = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        model.is_fused = is_fused and device == "cuda"
+        model.zero_grad(set_to_none=True)
+        args = (prompts.to(device), mask.to(device), tokens.to(device), None, 1.2)
+        scores = completion_scores(model, *args)
+        (scores.logprobs * torch.linspace(-1, 1, 11, device=device)).sum().backward()
+        gradients = [p.grad.cpu().clone() for p in model.parameters()]  # .to moves those too
+        found.append([scores.logprobs.detach().cpu(), scores.entropy.cpu(), *gradients])
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_in_bfloat16_the_sampler_and_the_scorer_are_one_policy_within_rounding():
+    model, prompts, mask, uniforms, stop = work("qwen2", True)
+    with torch.autocast("cuda", torch.bfloat16):
+        done = sample(model, prompts, mask, uniforms, stop, ActingPolicy(1.0, 1.0), "cuda")
+        rows = torch.arange(len(prompts), device="cuda").repeat_interleave(4)
+        args = (prompts.cuda()[rows], mask.cuda()[rows], done.tokens, None, 1.0)
+        scores = completion_scores(model, *args)
+    gap = (scores.logprobs - done.sampling_logprobs)[done.mask].detach().abs()
+    assert gap.mean() < 0.01
+    assert gap.quantile(0.99) < 0.06
