@@ -261,7 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for placed in dict.fromkeys([model, reference or model]):
             place_model(placed, placed.blocks, device, config.parallel)
         optimizer = adamw(
-            model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
+            model,
+            config.learning_rate,
+            (0.9, config.adam_beta2),
+            config.weight_decay,
+            config.final_norm_rate,
         )
         start = latest_checkpoint(folder) if config.resume else None
         done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0

@@ -230,6 +230,12 @@ class GRPOConfig(RunSettings):
         128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1
     )
     learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
+    final_norm_rate: float = flag(
+        1.0,
+        "multiple of the learning rate for the final norm's gains, which scale all logits and so "
+        "say how sure the policy is",
+        above=0,
+    )
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
     plateau_patience: int = flag(
         0,

@@ -30,6 +30,7 @@ from minigrpo.distributed import (
     sum_over_ranks,
     whole,
 )
+from minigrpo.optim import set_learning_rate
 from minigrpo.policy import in_chunks, tempered
 from minigrpo.transformer import Transformer, fused
 
@@ -117,8 +118,7 @@ def supervised_step(
 
     A gradient that is not finite is not applied; update/grad_norm then says so.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(optimizer, learning_rate)
     optimizer.zero_grad(set_to_none=True)
     device = batch.tokens.device
     num_labelled = sum_over_ranks(batch.completion_mask.sum().double())

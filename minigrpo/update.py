@@ -32,6 +32,7 @@ from minigrpo.grpo import (
     loss_report,
     merge_metrics,
 )
+from minigrpo.optim import set_learning_rate
 from minigrpo.policy import completion_scores
 from minigrpo.rollout import Rollout, minibatches
 from minigrpo.transformer import Transformer
@@ -67,8 +68,7 @@ def update_policy(
     max_length: int,
 ) -> PolicyUpdate:
     """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(optimizer, learning_rate)
     parts, norms, entropies, gaps = [], [], [], []
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ EDGES = {
     "distributed": "",
     "transformer": "",
     "grpo": "",
-    "optim": "",
+    "optim": "transformer",
     "plots": "",
     "double_integrator": "shapes",
     "policy": "shapes transformer",
@@ -27,12 +27,12 @@ EDGES = {
     "reward": "shapes double_integrator lqr prompts",
     "tokenizer": "double_integrator prompts",
     "data": "shapes double_integrator lqr prompts tokenizer",
-    "sft": "config distributed transformer policy data",
+    "sft": "config distributed transformer optim policy data",
     "rollout": "config shapes distributed transformer grpo double_integrator policy lora "
     "prompts sampling reward tokenizer data",
     "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
     "rollout",
-    "update": "config distributed transformer grpo policy rollout",
+    "update": "config distributed transformer grpo optim policy rollout",
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer double_integrator lora runs lqr prompts "
     "tokenizer data rollout",

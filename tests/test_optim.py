@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minigrpo.optim import adamw, cosine_learning_rate, has_converged, linear, plateau_factor
+from minigrpo.optim import (
+    adamw,
+    cosine_learning_rate,
+    has_converged,
+    linear,
+    plateau_factor,
+    set_learning_rate,
+)
 
 
 class Model(nn.Module):
@@ -36,13 +43,27 @@ def set_gradients(model: nn.Module, value: float) -> None:
 
 def test_each_trained_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     model = Model()
-    groups = adamw(model, 1e-3, (0.9, 0.99), 0.1).param_groups
+    groups = adamw(model, 1e-3, (0.9, 0.99), 0.1, 7.0).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {g["weight_decay"]: [names[id(p)] for p in g["params"]] for g in groups}
-    assert len(groups) == 2
-    assert sorted(found[0.1]) == ["embedding.weight", "middle.weight"]
-    assert sorted(found[0.0]) == ["middle.bias", "norm.bias", "norm.weight"]
+    found = [(g["weight_decay"], g["rate"], [names[id(p)] for p in g["params"]]) for g in groups]
+    assert found == [
+        (0.1, 1.0, ["embedding.weight", "middle.weight"]),
+        (0.0, 1.0, ["norm.bias", "middle.bias"]),
+        (0.0, 7.0, ["norm.weight"]),
+    ]
     assert all(g["betas"] == (0.9, 0.99) and g["lr"] == 1e-3 for g in groups)
+
+
+def test_each_group_steps_at_its_own_multiple_of_the_rate() -> None:
+    model = Model()
+    before = parameters(model)
+    optimizer = adamw(model, 123.0, (0.9, 0.99), 0.0, 7.0)
+    set_learning_rate(optimizer, 1e-3)
+    set_gradients(model, 2.5)
+    optimizer.step()  # the first step of Adam is the rate, whatever the gradient
+    for name, value in parameters(model).items():
+        moved = {"norm.weight": 7e-3}.get(name, 0.0 if name.startswith("frozen") else 1e-3)
+        torch.testing.assert_close(value, before[name] - moved, rtol=1e-5, atol=1e-6)
 
 
 def test_without_gradient_only_decay_moves_and_only_matrices() -> None:
