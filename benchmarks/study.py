@@ -5,9 +5,9 @@
     python benchmarks/study.py --table                  the tables of what benchmarks/results/ holds
     python benchmarks/study.py --figures docs           the pictures of it
 
-Long arms (default, default_no_control_variate, more_sft_*) are evaluated on 512 held-out starts;
-the three arms more_sft_* share the processor time of GRPO, a third each. Short arms are runs of 40
-steps of 1,024 completions from the same SFT model; each differs from the arm `short` by the flags
+Long arms are evaluated on 512 held-out starts; the three arms more_sft_* share the seconds of GRPO,
+a third each; more_demonstrations starts from twenty times the data. Short arms are runs of 40 steps
+of 1,024 completions from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
 Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
@@ -46,7 +46,8 @@ CURVE = (
     "rollout/frac_valid",
     "update/learning_rate",
 )
-SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20"
+SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20 "
+SHORT += "--learning-rate 5e-4 --final-norm-rate 1 --advantage-std batch"
 PARTS = 3  # learning rates that share the processor time of GRPO, spent on more SFT
 MORE_SFT = ("1e-3", "2e-3", "4e-3")
 
@@ -86,7 +87,13 @@ SHORT_ARMS = {
     "no_weight_noise": "--weight-noise 0 |",
     "narrow_labels": "--smoothing-width 0.01 |",
 }
-LONG_GRPO = {"default": "", "default_no_control_variate": "--control-variate none"}
+MORE_DATA = "--num-demonstrations 20000 --steps 2400"
+LONG_GRPO = {
+    "default": "",
+    "default_no_control_variate": "--control-variate none",
+    "default_final_norm_rate_1": "--final-norm-rate 1",
+    "more_demonstrations": f"{MORE_DATA} |",
+}
 LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
 
 
@@ -154,8 +161,9 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         record["flags"] = " ".join(flags)
         record["report"] = evaluated(folder, None, "evaluation", [])
     elif name in LONG_GRPO:
-        sft, folder = trained_sft([], seed, work_dir), work_dir / f"{name}-seed{seed}"
-        flags = LONG_GRPO[name].split()
+        before, bar, after = LONG_GRPO[name].partition("|")
+        sft_flags, flags = (before.split(), after.split()) if bar else ([], before.split())
+        sft, folder = trained_sft(sft_flags, seed, work_dir), work_dir / f"{name}-seed{seed}"
         train("train_grpo.py", folder, ["--init", str(sft), "--seed", str(seed), *flags])
         record["flags"] = LONG_GRPO[name]
         record["report"] = evaluated(folder, sft, "evaluation", ["--best-of", "16"])
@@ -174,7 +182,9 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
     rows, provenance = metrics_of(folder), json.loads((folder / "provenance.json").read_text())
     curve = [{"step": row["step"], **{k: row[k] for k in CURVE if k in row}} for row in rows]
     curve = [row for row in curve if len(row) > 2 or name in LONG_GRPO]  # SFT: evaluations only
-    record |= {key: provenance[key] for key in ("commit", "dirty", "threads", "world_size")}
+    record |= {
+        key: provenance[key] for key in ("commit", "dirty", "device", "threads", "world_size")
+    }
     processor_seconds = seconds_of(folder) * provenance["world_size"] * provenance["threads"]
     record |= {"seconds": processor_seconds, "curve": curve}
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -211,11 +221,15 @@ def main_table() -> str:
         rows.append((title, [one["report"]["policies"][policy][mode] for one in found]))
     cold = [one["sft_temperature_0.5"]["policies"]["sft"]["sampled"] for one in found]
     rows.append(("SFT, sampled at temperature 0.5", cold))
-    for mode in ("greedy", "sampled"):
-        plain = [one["report"]["policies"] for one in records_of("default_no_control_variate")]
-        if plain:
-            summaries = [policies["grpo"][mode] for policies in plain]
-            rows.append((f"GRPO without control variate, {mode}", summaries))
+    for name, policy, title in (
+        ("default_no_control_variate", "grpo", "GRPO without control variate"),
+        ("default_final_norm_rate_1", "grpo", "GRPO with one rate for all weights"),
+        ("more_demonstrations", "sft", "SFT on 20,000 demonstrations"),
+        ("more_demonstrations", "grpo", "GRPO from there"),
+    ):
+        for mode in ("greedy", "sampled") if records_of(name) else ():
+            summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]
+            rows.append((f"{title}, {mode}", summaries))
     for rate in MORE_SFT:
         more = records_of(f"more_sft_{rate}")
         for mode in ("greedy", "sampled") if more else ():

@@ -152,7 +152,7 @@ class SFTConfig(RunSettings):
     )
     save_dir: str = flag("ckpt/sft", "run folder; the best model lies at its top level")
     num_demonstrations: int = flag(
-        20_000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
+        1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
     demonstration_noise: float = flag(
         0.2,
@@ -166,7 +166,7 @@ class SFTConfig(RunSettings):
         "root mean square; the result is less sensitive to changes of its weights",
         at_least=0,
     )
-    steps: int = flag(2400, "optimizer steps", at_least=1)
+    steps: int = flag(1200, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
         128, "rows per forward pass; cannot change the gradient", at_least=1
@@ -348,7 +348,6 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "final_norm_rate": 20.0,
     },
     ("pretrained", SFTConfig): {
-        "num_demonstrations": 1000,
         "learning_rate": 2e-5,
         "steps": 300,
         "batch_size": 16,

@@ -529,3 +529,27 @@ def test_a_draw_by_blocks_is_the_inverse_of_the_whole_running_sum(vocab, tempera
     tokens, _ = draw_untruncated(z.expand(3, -1), temperature, ends, False)
     possible = (p > 0).nonzero()
     assert tokens.tolist() == [int(possible[0]), int(possible[-1]), int(possible[-1])]
+
+
+@pytest.mark.slow  # half a minute of compiling
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("has_support", [False, True])
+def test_fused_scores_and_gradients_are_the_plain_ones(monkeypatch, has_support):
+    model = Transformer(TransformerConfig("qwen2", 5000, 32, 48, 2, 4, 2, 8))
+    initialise(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.norm.weight *= 20
+    prompts, mask = torch.randint(2, 5000, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
+    mask[1, :3] = False
+    tokens = torch.randint(2, 5000, (4, 23))
+    support = torch.randint(0, 5000, (4, 23, 16), dtype=torch.int32) if has_support else None
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 4 * 5000 * 6)  # in four chunks
+    found = []
+    for model.is_fused in (False, True):
+        model.zero_grad()
+        scores = completion_scores(model, prompts, mask, tokens, support, 1.2)
+        (scores.logprobs * torch.linspace(-1, 1, 23)).sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        found.append([scores.logprobs.detach(), scores.entropy, *gradients])
+    for plain, fused in zip(*found, strict=True):
+        assert (plain - fused).abs().max() <= 1e-5 * plain.abs().max()
