@@ -163,7 +163,7 @@ def build(config: GRPOConfig) -> Transformer:
 
 
 def estimate_memory(
-    shape: TransformerConfig, task: Task, config: GRPOConfig, has_graphs: bool = False
+    shape: TransformerConfig, task: Task, config: GRPOConfig, is_on_cuda: bool = False
 ) -> MemoryEstimate:
     """What a rollout, its update and a validation take on one rank."""
     prompts = math.ceil(config.prompts_per_step / world_size())
@@ -179,7 +179,7 @@ def estimate_memory(
         num_rows=num_rows,
         support_size=config.support_size if config.top_p < 1 else 0,
         has_reference=config.kl_beta > 0 and not config.lora_rank,
-        has_graphs=has_graphs,
+        is_on_cuda=is_on_cuda,
     )
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 
@@ -237,12 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         check_batch(config)
-        estimate = partial(
-            estimate_memory,
-            shape,
-            task,
-            has_graphs=device.type == "cuda" and config.parallel == "ddp",
-        )
+        estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
         manifest = Manifest(
             "grpo",

@@ -120,7 +120,7 @@ def build(
 
 
 def estimate_memory(
-    shape: TransformerConfig, task: Task, config: SFTConfig, has_graphs: bool = False
+    shape: TransformerConfig, task: Task, config: SFTConfig, is_on_cuda: bool = False
 ) -> MemoryEstimate:
     """What a step and a validation of this run take on one rank."""
     decoded = min(config.eval_cases, DECODED_ROWS)
@@ -131,7 +131,7 @@ def estimate_memory(
         num_decoded=decoded,
         num_prefilled=decoded,
         is_perturbed=config.weight_noise > 0,
-        has_graphs=has_graphs,
+        is_on_cuda=is_on_cuda,
     )
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 
@@ -177,12 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         shape, task, weights = describe(config)
-        estimate = partial(
-            estimate_memory,
-            shape,
-            task,
-            has_graphs=device.type == "cuda" and config.parallel == "ddp",
-        )
+        estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
         manifest = Manifest(
             "sft",

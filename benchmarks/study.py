@@ -6,8 +6,8 @@
     python benchmarks/study.py --figures docs           the pictures of it
 
 Long arms are evaluated on 512 held-out starts; the three arms more_sft_* share the seconds of GRPO,
-a third each; more_demonstrations starts from twenty times the data. Short arms are runs of 40 steps
-of 1,024 completions from the same SFT model; each differs from the arm `short` by the flags
+a third each; few_demonstrations has a twentieth of the data. Short arms are runs of 40 steps of
+1,024 completions from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
 Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
@@ -46,8 +46,7 @@ CURVE = (
     "rollout/frac_valid",
     "update/learning_rate",
 )
-SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20 "
-SHORT += "--learning-rate 5e-4 --final-norm-rate 1 --advantage-std batch"
+SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20"
 PARTS = 3  # learning rates that share the processor time of GRPO, spent on more SFT
 MORE_SFT = ("1e-3", "2e-3", "4e-3")
 
@@ -62,15 +61,17 @@ SHORT_ARMS = {
     "temperature_1.5_top_p_0.9": "--temperature 1.5 --top-p 0.9",
     "full_softmax": "--temperature 1.5 --top-p 0.9",
     "full_softmax_temperature_1": "--top-p 0.9",
-    "std_group": "--advantage-std group",
+    "std_batch": "--advantage-std batch",
     "std_none": "--advantage-std none --max-grad-norm 10",
     "kl_0": "--kl-beta 0",
     "kl_0.1": "--kl-beta 0.1",
     "group_4": "--group-size 4 --prompts-per-step 256",
     "group_16": "--group-size 16 --prompts-per-step 64",
     "group_32": "--group-size 32 --prompts-per-step 32",
-    "lr_2.5e-4": "--learning-rate 2.5e-4",
-    "lr_1e-3": "--learning-rate 1e-3",
+    "lr_1e-4": "--learning-rate 1e-4",
+    "lr_5e-4": "--learning-rate 5e-4",
+    "final_norm_rate_1": "--final-norm-rate 1",
+    "final_norm_rate_5": "--final-norm-rate 5",
     "minibatches_1": "--num-minibatches 1",
     "minibatches_2": "--num-minibatches 2",
     "minibatches_32": "--num-minibatches 32",
@@ -87,12 +88,12 @@ SHORT_ARMS = {
     "no_weight_noise": "--weight-noise 0 |",
     "narrow_labels": "--smoothing-width 0.01 |",
 }
-MORE_DATA = "--num-demonstrations 20000 --steps 2400"
+FEW = "--num-demonstrations 1000 --steps 1200 --eval-every 20"
 LONG_GRPO = {
     "default": "",
     "default_no_control_variate": "--control-variate none",
     "default_final_norm_rate_1": "--final-norm-rate 1",
-    "more_demonstrations": f"{MORE_DATA} |",
+    "few_demonstrations": f"{FEW} |",
 }
 LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
 
@@ -224,8 +225,8 @@ def main_table() -> str:
     for name, policy, title in (
         ("default_no_control_variate", "grpo", "GRPO without control variate"),
         ("default_final_norm_rate_1", "grpo", "GRPO with one rate for all weights"),
-        ("more_demonstrations", "sft", "SFT on 20,000 demonstrations"),
-        ("more_demonstrations", "grpo", "GRPO from there"),
+        ("few_demonstrations", "sft", "SFT on 1,000 demonstrations"),
+        ("few_demonstrations", "grpo", "GRPO from there"),
     ):
         for mode in ("greedy", "sampled") if records_of(name) else ():
             summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]

@@ -152,7 +152,7 @@ class SFTConfig(RunSettings):
     )
     save_dir: str = flag("ckpt/sft", "run folder; the best model lies at its top level")
     num_demonstrations: int = flag(
-        1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
+        20_000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
     demonstration_noise: float = flag(
         0.2,
@@ -166,7 +166,7 @@ class SFTConfig(RunSettings):
         "root mean square; the result is less sensitive to changes of its weights",
         at_least=0,
     )
-    steps: int = flag(1200, "optimizer steps", at_least=1)
+    steps: int = flag(2400, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
         128, "rows per forward pass; cannot change the gradient", at_least=1
@@ -233,7 +233,7 @@ class GRPOConfig(RunSettings):
     final_norm_rate: float = flag(
         1.0,
         "multiple of the learning rate for the final norm's gains, which scale all logits and so "
-        "say how sure the policy is",
+        "say how sure the policy is; adapters leave them as they are",
         above=0,
     )
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
@@ -333,7 +333,7 @@ class EvalConfig(Settings):
 
 # Defaults that go with a kind of model; chosen on validation starts (README, Results).
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
-    ("tiny", SFTConfig): {},
+    ("tiny", SFTConfig): {"eval_every": 50},
     ("tiny", GRPOConfig): {
         "prompts_per_step": 256,
         "group_size": 8,
@@ -348,6 +348,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "final_norm_rate": 20.0,
     },
     ("pretrained", SFTConfig): {
+        "num_demonstrations": 1000,
         "learning_rate": 2e-5,
         "steps": 300,
         "batch_size": 16,

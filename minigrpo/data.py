@@ -124,9 +124,9 @@ def token_uniforms(
     seed: int, indices: Tensor, group_size: int, length: int, purpose: str = "tokens"
 ) -> Tensor:
     """The uniforms [P * G, C] that decide every token; a prompt's depend on its index alone."""
-    uniforms = torch.zeros(len(indices), group_size, length)
+    uniforms = torch.zeros(len(indices), group_size, length, dtype=torch.float64)
     for row, index in zip(uniforms.numpy(), indices.tolist(), strict=True):
-        keyed_generator(seed, purpose, index).random(dtype=np.float32, out=row)
+        keyed_generator(seed, purpose, index).random(out=row)
     return rearrange(uniforms, "p g c -> (p g) c")
 
 

@@ -5,7 +5,7 @@
                4 bytes each, since validation is in float32
     update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
     peak       model + the larger of sampling and update, or on CUDA both: recorded graphs keep
-               their tensors, of training and of validation, and a copy of the weights
+               their tensors, of training and of two validations, and copies of the weights
 
 A block keeps for each of its tokens, E width, H heads, J key-value heads, D head size, F MLP width:
 4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
@@ -52,7 +52,7 @@ class Workload:
     support_size: int = 0  # 0: untruncated
     has_reference: bool = False  # as a second copy
     is_perturbed: bool = False  # SFT under weight noise holds the weights without it
-    has_graphs: bool = False  # sampling.has_graphs: its tensors stay
+    is_on_cuda: bool = False  # where sampling keeps its tensors, unless the weights are sharded
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def memory_estimate(
     With fsdp these share the model, sampling has it whole, and an update two blocks and the tables.
     """
     shards = ranks_here if config.parallel == "fsdp" else 1
+    has_graphs = work.is_on_cuda and not (config.parallel == "fsdp" and num_ranks > 1)
     flat = 2 if num_ranks > 1 and shards == 1 else 1  # reduce_gradients makes one vector of them
     base, added = _num_parameters(shape), _num_adapters(shape, config)
     weights, trained = 4 * (base + added), 4 * (added if config.lora_rank else base)
@@ -117,12 +118,13 @@ def memory_estimate(
             "bfloat16 weights": weights // 2 if half else 0,
         },
         sampling={
-            "KV cache": kv * (work.num_decoded * length + prefilled) * (1 + work.has_graphs),
+            "KV cache": kv * (work.num_decoded * length + prefilled) * (3 if has_graphs else 1),
             "logits": 5 * 4 * work.num_decoded * shape.vocab_size,
             "prefill": prefilled * _bytes_of_a_block(shape, work.prompt_length, 4),
             "support": 2 * work.num_rows * work.completion_length * row,
             "gathered weights": weights if shards > 1 else 0,
-            "copied weights": (weights // 2 + tables if half else weights) * work.has_graphs,
+            # In float32 for validation, and for training as autocast would cast them.
+            "copied weights": (weights + (weights // 2 + tables) * half) * has_graphs,
         },
         update={
             "activations": shape.num_layers * kept,
@@ -131,7 +133,7 @@ def memory_estimate(
             "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
             * (shards > 1),
         },
-        has_graphs=work.has_graphs,
+        has_graphs=has_graphs,
     )
 
 

@@ -33,8 +33,8 @@ def adamw(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors, gains = [p for p in trained if p.ndim < 2], model.norm.weight
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, "rate": 1.0},
-        {"params": [p for p in vectors if p is not gains], "weight_decay": 0.0, "rate": 1.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in vectors if p is not gains], "weight_decay": 0.0},
         {
             "params": [p for p in vectors if p is gains],
             "weight_decay": 0.0,
@@ -46,7 +46,7 @@ def adamw(
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Of each group, or its own multiple of this."""
+    """Set the rate of each group: this one, times the group's `rate` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("rate", 1.0)
 

@@ -180,8 +180,9 @@ def _first_above(cdf: Tensor, shares: Tensor) -> Tensor:
     """The first place [B, 1] at which the running sums [B, K] exceed a share [B, 1] of the last."""
     total = cdf[:, -1:].contiguous()
     # right=True steps over tokens of probability 0; the last possible one, the first that reaches
-    # the total, catches a target that rounding lifted to it.
-    last = torch.searchsorted(cdf, total)
+    # the total, catches a target that rounding lifted to it. The clamp is for NaN, which the
+    # sampler finds in the log-probs.
+    last = torch.searchsorted(cdf, total).clamp(max=cdf.shape[1] - 1)
     return torch.minimum(torch.searchsorted(cdf, shares.to(cdf) * total, right=True), last)
 
 
@@ -240,7 +241,8 @@ def completion_scores(
     # Padding goes to the right, where it needs no mask: no real token comes after it, and what is
     # scored there is masked.
     pads = (~prompt_mask).sum(dim=1, keepdim=True)  # [M, 1]
-    is_padded, places = bool(pads.any()), torch.arange(tokens.shape[1], device=tokens.device)
+    is_padded, first = bool(pads.any()), prompt_tokens.shape[1] - 1
+    places = torch.arange(tokens.shape[1], device=tokens.device)
     if is_padded:
         tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
 
@@ -251,11 +253,11 @@ def completion_scores(
             scores = formula(logits, taken, kept, temperature)
             return scores.logprobs, scores.entropy
 
-        completions = hidden[:, prompt_tokens.shape[1] - 1 :]  # [M, C, E]
         if is_padded:
-            shifted = places[prompt_tokens.shape[1] - 1 :] - pads  # [M, C]
-            index = repeat(shifted, "m c -> m c e", e=hidden.shape[2])
-            completions = hidden.gather(1, index)
+            index = repeat(places[first:] - pads, "m c -> m c e", e=hidden.shape[2])
+            completions = hidden.gather(1, index)  # [M, C, E]
+        else:
+            completions = hidden[:, first:]
         return in_chunks(score, completions, head_weight, completion_tokens, support)
 
     return TokenScores(*model(tokens, None, None, output))

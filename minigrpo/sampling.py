@@ -11,7 +11,7 @@ Masks come from positions, never from token values, so pad may be EOS.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,10 +88,15 @@ def sample_completions(
         end = start + per_batch
         tokens, mask = prompt_tokens[start:end], prompt_mask[start:end]
         drawn = None if uniforms is None else uniforms[start * group_size : end * group_size]
-        decoder = _decoder(model, tokens, group_size, acting, stop, is_padded, drawn is None)
-        batches.append(decoder.decode(model, tokens, mask, drawn))
+        batch = _Batch(
+            len(tokens), tokens.shape[1], group_size, acting, stop, is_padded, drawn is None,
+            model.is_fused, _product_dtype(model, tokens.device), tokens.device,
+        )  # fmt: skip
+        batches.append(_decoder(model, batch).decode(model, tokens, mask, drawn))
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
+    if bool(logprobs.isnan().any()):
+        raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
     longest = int(mask.sum(dim=1).max())
     if acting.top_p == 1.0:
         stored = None
@@ -111,79 +116,98 @@ def sample_completions(
     )
 
 
-# Of each model, on CUDA: recorded graphs by the shapes and settings that they hold for. Training
-# and the two validations use three or four; more, as with final_temperature, push out the oldest.
-MAX_DECODERS = 4
-_DECODERS: WeakKeyDictionary[Transformer, dict[tuple[object, ...], _Decoder]] = WeakKeyDictionary()
+def _product_dtype(model: Transformer, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return model.embed.weight.dtype
 
 
-def _decoder(
-    model: Transformer,
-    prompt_tokens: Tensor,
-    group_size: int,
-    acting: ActingPolicy,
-    stop: StopRule,
-    is_padded: bool,
-    is_greedy: bool,
-) -> _Decoder:
-    device, weight = prompt_tokens.device, model.embed.weight
-    is_mixed = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if is_mixed else weight.dtype
-    num_prompts, length = prompt_tokens.shape
-    key = (num_prompts, length, group_size, acting, stop, is_padded, is_greedy, dtype, device)
-    kept = _DECODERS.setdefault(model, {})
-    if key not in kept:
-        decoder = _Decoder(model, *key)
-        if not decoder.has_graphs:
-            return decoder
-        if len(kept) == MAX_DECODERS:
-            del kept[next(iter(kept))]
-        kept[key] = decoder
-    return kept[key]
+@dataclass(frozen=True)
+class _Batch:
+    """What a recorded graph holds for: shapes and settings of rows that are decoded together."""
+
+    num_prompts: int
+    prompt_length: int
+    group_size: int
+    acting: ActingPolicy
+    stop: StopRule
+    is_padded: bool
+    is_greedy: bool
+    is_fused: bool
+    dtype: torch.dtype  # of products, keys and values
+    device: torch.device
+
+
+@dataclass
+class _Kept:
+    """Of one model on CUDA: its decoders, and their copies of the weights by dtype."""
+
+    seen: set[_Batch] = field(default_factory=set)
+    decoders: dict[_Batch, _Decoder] = field(default_factory=dict)
+    copies: dict[torch.dtype, Transformer] = field(default_factory=dict)
+
+
+MAX_DECODERS = 4  # training, greedy and sampled validation, a last smaller batch
+_KEPT: WeakKeyDictionary[Transformer, _Kept] = WeakKeyDictionary()
+
+
+def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
+    """A new one, or, for a batch that comes again and again, one that has recorded its kernels.
+
+    The first batch of its kind is not recorded: there may be no second.
+    """
+    if not has_graphs(model, batch.device):
+        return _Decoder(model, batch)
+    kept = _KEPT.setdefault(model, _Kept())
+    if batch not in kept.seen:
+        kept.seen.add(batch)
+        return _Decoder(model, batch)
+    if batch in kept.decoders:
+        decoder = kept.decoders.pop(batch)
+    else:
+        if len(kept.decoders) == MAX_DECODERS:
+            del kept.decoders[next(iter(kept.decoders))]  # the one not used for longest
+        if batch.dtype not in kept.copies:
+            kept.copies[batch.dtype] = _copy_for_decoding(model, batch.dtype)
+        decoder = _Decoder(kept.copies[batch.dtype], batch, is_recorded=True)
+    kept.decoders[batch] = decoder
+    return decoder
+
+
+def has_graphs(model: Transformer, device: torch.device) -> bool:
+    """Sharded parameters have an address of their own in every gathering; no graph reads them."""
+    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 class _Decoder:
     """Rows in lock-step, `decode` by `decode`: the tensors that one batch fills column by column.
 
-    On CUDA the kernels of a few tokens are recorded once as a graph and then replayed: to launch
-    them one by one takes the host several times as long as they run. A graph reads and writes
-    fixed addresses, so it has a copy of the weights, in the precision of its products, which each
-    batch renews, and the tensors stay for the next batch of the same shape.
+    Recorded, the kernels of a few tokens are a graph that is replayed: to launch them one by one
+    takes the host several times as long as they run. A graph reads and writes fixed addresses, so
+    the tensors stay for the next batch; its weights are a copy in the precision of its products,
+    which each batch renews.
     """
 
     TOKENS_PER_GRAPH = 16
 
-    def __init__(
-        self,
-        model: Transformer,
-        num_prompts: int,
-        prompt_length: int,
-        group_size: int,
-        acting: ActingPolicy,
-        stop: StopRule,
-        is_padded: bool,
-        is_greedy: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.has_graphs = has_graphs(model, device)
-        self.model = _copy_for_decoding(model, dtype) if self.has_graphs else model
-        self.group_size, self.acting, self.stop, self.is_padded = (
-            group_size, acting, stop, is_padded
-        )  # fmt: skip
-        self.prompt_length, self.graphs = prompt_length, dict[int, torch.cuda.CUDAGraph]()
-        rows, length = num_prompts * group_size, stop.max_length
-        self.once = KVCache(model.config, num_prompts, prompt_length, device, dtype)
-        self.cache = KVCache(model.config, rows, prompt_length + length, device, dtype)
-        self.uniforms = None if is_greedy else torch.zeros(rows, length, device=device).double()
-        self.seen = torch.ones(rows, prompt_length + length, dtype=torch.bool, device=device)
-        self.eos = torch.tensor(stop.eos_ids, device=device)
-        self.tokens = torch.full((rows, length), stop.pad_id, device=device)  # [N, C]
+    def __init__(self, model: Transformer, batch: _Batch, is_recorded: bool = False):
+        self.model, self.batch, self.is_recorded = model, batch, is_recorded
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        config, device, dtype = model.config, batch.device, batch.dtype
+        rows, length = batch.num_prompts * batch.group_size, batch.stop.max_length
+        in_all = batch.prompt_length + length
+        self.once = KVCache(config, batch.num_prompts, batch.prompt_length, device, dtype)
+        self.cache = KVCache(config, rows, in_all, device, dtype)
+        self.uniforms = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self.seen = torch.ones(rows, in_all, dtype=torch.bool, device=device)
+        self.eos = torch.tensor(batch.stop.eos_ids, device=device)
+        self.tokens = torch.full((rows, length), batch.stop.pad_id, device=device)  # [N, C]
         self.alive = torch.ones(rows, length + 1, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(rows, length, device=device)
         self.kept_mass = torch.ones(rows, length, device=device)
         self.is_capped = torch.zeros(rows, length, dtype=torch.bool, device=device)
-        width = 1 if acting.top_p == 1.0 else min(acting.support_size, model.config.vocab_size)
+        width = min(batch.acting.support_size, config.vocab_size)
+        width = 1 if batch.acting.top_p == 1.0 else width
         self.support = torch.full((rows, length, width), -1, dtype=torch.int32, device=device)
 
     def decode(
@@ -194,47 +218,49 @@ class _Decoder:
         uniforms: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Until all rows have ended; columns never reached keep filler."""
-        if self.has_graphs:
+        if self.is_recorded:
             _renew(self.model, model)
-        for values, filler in (
-            (self.tokens, self.stop.pad_id), (self.alive[:, 1:], False), (self.logprobs, 0),
-            (self.kept_mass, 1), (self.is_capped, False), (self.support, -1),
-        ):  # fmt: skip
-            values.fill_(filler)
-        if self.uniforms is not None and uniforms is not None:
+            self.model.is_fused = self.batch.is_fused
+        self.tokens.fill_(self.batch.stop.pad_id)
+        self.alive[:, 1:] = False
+        self.logprobs.zero_()
+        self.kept_mass.fill_(1)
+        self.is_capped.zero_()
+        self.support.fill_(-1)
+        if uniforms is not None:
             self.uniforms.copy_(uniforms)
-        mask = repeat(prompt_mask, "p l -> (p g) l", g=self.group_size)
-        self.seen[:, : self.prompt_length] = mask
+        mask = repeat(prompt_mask, "p l -> (p g) l", g=self.batch.group_size)
+        self.seen[:, : self.batch.prompt_length] = mask
         self.once.length = 0
-        logits = self.model(
-            prompt_tokens, prompt_mask if self.is_padded else None, self.once, last_logits
-        )  # [P, V]
-        self.cache.fill_from(self.once, self.group_size)
-        self._write(repeat(logits, "p v -> (p g) v", g=self.group_size), 0)
-        stride = self.TOKENS_PER_GRAPH if self.has_graphs else 1
-        for first in range(1, self.stop.max_length, stride):
+        visible = prompt_mask if self.batch.is_padded else None
+        logits = self.model(prompt_tokens, visible, self.once, last_logits)  # [P, V]
+        self.cache.fill_from(self.once, self.batch.group_size)
+        self._write(repeat(logits, "p v -> (p g) v", g=self.batch.group_size), 0)
+        length = self.batch.stop.max_length
+        stride = self.TOKENS_PER_GRAPH if self.is_recorded else 1
+        for first in range(1, length, stride):
             if not bool(self.alive[:, first].any()):
                 break
-            steps = range(first, min(first + stride, self.stop.max_length))
-            if self.has_graphs:
+            steps = range(first, min(first + stride, length))
+            if self.is_recorded:
                 self._replay(steps)
             else:
                 self._advance(steps)
         found = (self.tokens, self.alive[:, :-1], self.logprobs, self.kept_mass, self.is_capped)
-        # The next batch writes into these again.
+        # Recorded, the next batch writes into these again.
         return *(value.clone() for value in found), ~self.alive[:, -1], self.support.clone()
 
     def _advance(self, steps: range) -> None:
         for step in steps:
-            self.cache.length = end = self.prompt_length + step - 1
-            mask = self.seen[:, : end + 1] if self.is_padded else None
+            self.cache.length = end = self.batch.prompt_length + step - 1
+            mask = self.seen[:, : end + 1] if self.batch.is_padded else None
             last = self.tokens[:, step - 1 : step]
             self._write(self.model(last, mask, self.cache, last_logits), step)
 
     def _write(self, logits: Tensor, step: int) -> None:
         """Draw column `step` of every row that is alive."""
-        uniforms = None if self.uniforms is None else self.uniforms[:, step]
-        now, acting = self.alive[:, step], self.acting
+        uniforms = None if self.batch.is_greedy else self.uniforms[:, step]
+        now, acting = self.alive[:, step], self.batch.acting
         if acting.top_p == 1.0 and uniforms is not None and logits.shape[1] > LARGE_VOCABULARY:
             is_fused = self.model.is_fused
             drawn, logq = draw_untruncated(logits, acting.temperature, uniforms, is_fused)
@@ -246,7 +272,7 @@ class _Decoder:
             if q.support is not None:
                 support = q.support.int()
                 self.support[:, step] = torch.where(rearrange(now, "n -> n 1"), support, -1)
-        self.tokens[:, step] = torch.where(now, drawn, self.stop.pad_id)
+        self.tokens[:, step] = torch.where(now, drawn, self.batch.stop.pad_id)
         self.logprobs[:, step] = torch.where(now, logq, 0.0)
         self.alive[:, step + 1] = now & ~torch.isin(drawn, self.eos)
 
@@ -260,11 +286,6 @@ class _Decoder:
                 self._advance(steps)
             self.graphs[steps[0]] = graph
         self.graphs[steps[0]].replay()
-
-
-def has_graphs(model: Transformer, device: torch.device) -> bool:
-    """Sharded parameters change their address with every gathering, so no graph can read them."""
-    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 def _copy_for_decoding(model: Transformer, dtype: torch.dtype) -> Transformer:

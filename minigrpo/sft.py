@@ -32,7 +32,7 @@ from minigrpo.distributed import (
 )
 from minigrpo.optim import set_learning_rate
 from minigrpo.policy import in_chunks, tempered
-from minigrpo.transformer import Transformer, fused
+from minigrpo.transformer import Transformer
 
 
 def smoothing_matrix(values: Tensor, width: float) -> Tensor:
@@ -63,8 +63,7 @@ def sft_loss(model: Transformer, batch: SFTBatch, smoothing: Tensor | None) -> T
     def output(hidden: Tensor, head_weight: Tensor) -> Tensor:
         labelled = rearrange(hidden[predicts], "n e -> 1 n e")
         targets = rearrange(batch.labels[:, 1:][predicts], "n -> 1 n")
-        formula = fused(_norm_and_logit) if model.is_fused else _norm_and_logit
-        norm, chosen = in_chunks(formula, labelled, head_weight, targets)
+        norm, chosen = in_chunks(_norm_and_logit, labelled, head_weight, targets)
         if smoothing is not None:
             # sum_j S_tj z_j = h . (S W)_t: the smoothed targets never become a [labelled, V] table.
             chosen = (labelled * (smoothing @ head_weight)[targets]).sum(dim=-1)

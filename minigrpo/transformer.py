@@ -15,11 +15,11 @@ instead of three and two); the files keep the usual names.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -298,11 +298,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
     group = q.shape[1] // k.shape[1]
     if q.shape[2] == 1 and group == 1 and not q.is_cuda and q.dtype != torch.bfloat16:
         return _attend_one(q, k, v, bias)
-    if q.shape[2] == 1 and (bias is not None or not q.is_cuda):
+    has_flash = q.is_cuda and bias is None and q.dtype != torch.float32
+    if q.shape[2] == 1 and not has_flash:
         folded = rearrange(q, "b (j g) 1 d -> b j g d", g=group)
         mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
         return rearrange(mixed, "b j g d -> b (j g) 1 d")
-    if q.is_cuda:  # without a bias the flash kernel; decoding reads keys at 90 % of a copy's rate
+    if q.is_cuda:  # flash reads the keys of one new token at 90 % of a copy's rate
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, is_causal=is_causal, enable_gqa=group > 1
         )
@@ -377,15 +378,14 @@ def after_attention(block: Block, h: Tensor, mixed: Tensor) -> Tensor:
     return out
 
 
-@cache
+@functools.cache
 def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its element-wise operations in few kernels, built at its first call.
+    """The function with its element-wise operations in few kernels, built at its first calls.
 
-    Fixed shapes: there are few, and a kernel for all lengths is slower. (A shape beyond the
-    compiler's limit would silently run as it was written.)
+    The first is for one shape, a later one for any size of what was seen to change.
     """
-    torch._dynamo.config.recompile_limit = 64
-    compiled: Callable[P, R] = torch.compile(function, dynamic=False)
+    torch._dynamo.config.recompile_limit = 64  # prefill, decoding, scoring and update have some
+    compiled: Callable[P, R] = torch.compile(function)
     return compiled
 
 

@@ -6,7 +6,6 @@ The CPU is the oracle, in float32 with exact products. Skipped where there is no
 import pytest
 import torch
 
-from minigrpo import sampling
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
@@ -50,11 +49,13 @@ def assert_same(ours, theirs):
     for name in ("sampling_logprobs", "kept_mass"):
         a, b = getattr(ours, name).cpu()[rows], getattr(theirs, name).cpu()[rows]
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    for name in ("mask", "ended", "is_capped", "support"):
-        a, b = getattr(ours, name), getattr(theirs, name)
-        assert (a is None) == (b is None)
-        if a is not None and name != "support":
-            assert torch.equal(a.cpu()[rows], b.cpu()[rows])
+    for name in ("mask", "ended", "is_capped"):
+        assert torch.equal(getattr(ours, name).cpu()[rows], getattr(theirs, name).cpu()[rows])
+    assert (ours.support is None) == (theirs.support is None)
+    if ours.support is not None:
+        width = min(ours.support.shape[2], theirs.support.shape[2])
+        one, other = (x.support.cpu()[rows][:, :, :width] for x in (ours, theirs))
+        assert (one == other).all(dim=2)[ours.mask.cpu()[rows]].double().mean() > 0.99
 
 
 @pytest.mark.parametrize("model_type", SHAPES)
@@ -64,7 +65,7 @@ def test_a_replayed_graph_draws_what_the_cpu_draws(model_type, padded, top_p):
     model, prompts, mask, uniforms, stop = work(model_type, padded)
     acting = ActingPolicy(1.3, top_p, 9)
     expected = sample(model, prompts, mask, uniforms, stop, acting, "cpu")
-    for _ in range(2):  # recorded, then replayed over what the first left behind
+    for _ in range(3):  # as it comes, recorded, then replayed over what the first left behind
         assert_same(sample(model, prompts, mask, uniforms, stop, acting, "cuda"), expected)
     other = torch.roll(uniforms, 1, 0)
     again = sample(model, prompts, mask, other, stop, acting, "cuda")
@@ -73,11 +74,13 @@ def test_a_replayed_graph_draws_what_the_cpu_draws(model_type, padded, top_p):
 
 def test_greedy_and_batches_of_rows_are_the_same_on_both():
     model, prompts, mask, uniforms, stop = work("qwen2", True)
+    acting = ActingPolicy(1.0, 1.0)
     for drawn in (None, uniforms):
-        found = [
-            sample(model, prompts, mask, drawn, stop, ActingPolicy(1.0, 1.0), *where)
-            for where in (("cpu", 4, 512), ("cuda", 4, 8), ("cuda", 4, 20))
-        ]
+        found = []
+        for where in (("cpu", 4, 512), ("cuda", 4, 8), ("cuda", 4, 20)):
+            for _ in range(2):
+                done = sample(model, prompts, mask, drawn, stop, acting, *where)
+            found.append(done)
         assert_same(found[1], found[0])
         assert_same(found[2], found[0])
 
@@ -85,21 +88,14 @@ def test_greedy_and_batches_of_rows_are_the_same_on_both():
 def test_a_graph_sees_the_weights_of_now():
     model, prompts, mask, uniforms, stop = work("llama", False)
     acting = ActingPolicy(1.0, 1.0)
-    first = sample(model, prompts, mask, uniforms, stop, acting, "cuda")
+    for _ in range(3):
+        first = sample(model, prompts, mask, uniforms, stop, acting, "cuda")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.7)
     second = sample(model, prompts, mask, uniforms, stop, acting, "cuda")
     assert not torch.equal(first.tokens[:, :10], second.tokens[:, :10])
     assert_same(second, sample(model, prompts, mask, uniforms, stop, acting, "cpu"))
-
-
-def test_few_decoders_are_kept():
-    model, prompts, mask, uniforms, stop = work("llama", False, length=5)
-    for temperature in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
-        acting = ActingPolicy(temperature, 1.0)
-        sample(model, prompts, mask, uniforms, stop, acting, "cuda")
-    assert len(sampling._DECODERS[model]) == sampling.MAX_DECODERS
 
 
 @pytest.mark.parametrize("model_type", SHAPES)

@@ -132,7 +132,7 @@ def test_a_curriculum_draws_from_the_middle_of_the_square():
 def test_uniforms_of_a_prompt_do_not_depend_on_the_other_prompts():
     places = torch.tensor([40, 7, 12, 3])
     whole = token_uniforms(0, places, 3, 11)
-    assert whole.shape == (12, 11) and whole.dtype == torch.float32
+    assert whole.shape == (12, 11) and whole.dtype == torch.float64
     assert 0 <= whole.min() and whole.max() < 1
     for n, place in enumerate(places):  # group-major: rows 3 n to 3 n + 2
         assert torch.equal(token_uniforms(0, place.view(1), 3, 11), whole[3 * n : 3 * n + 3])
