@@ -5,9 +5,9 @@
     python benchmarks/study.py --table                  the tables of what benchmarks/results/ holds
     python benchmarks/study.py --figures docs           the pictures of it
 
-Long arms are evaluated on 512 held-out starts; the three arms more_sft_* share the seconds of GRPO,
-a third each; few_demonstrations has a twentieth of the data. Short arms are runs of 40 steps of
-1,024 completions from the same SFT model; each differs from the arm `short` by the flags
+Long arms are evaluated on 512 held-out starts; the three arms more_sft_* share GRPO's processor time;
+few_demonstrations has a twentieth of the data. Short arms are runs of 40 steps of 1,024 completions
+from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
 Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
@@ -47,7 +47,8 @@ CURVE = (
     "update/learning_rate",
 )
 SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20"
-PARTS = 3  # learning rates that share the processor time of GRPO, spent on more SFT
+# Each at least a third of the processor time of GRPO's 200 steps, on CPUs 3,500 to 6,000 of these.
+MORE_SFT_STEPS = 6000
 MORE_SFT = ("1e-3", "2e-3", "4e-3")
 
 # Short arms: flags of train_grpo.py after SHORT; `sft` before a bar are flags of train_sft.py.
@@ -123,15 +124,6 @@ def trained_sft(flags: list[str], seed: int, work_dir: Path) -> Path:
     return folder
 
 
-def more_sft_steps(seed: int, work_dir: Path) -> int:
-    """Supervised steps that take 1 / PARTS of GRPO's seconds."""
-    grpo, sft = work_dir / f"default-seed{seed}", trained_sft([], seed, work_dir)
-    if not grpo.is_dir():
-        raise SystemExit(f"{grpo} is missing: run --arms default first, whose time is shared out")
-    per_step = seconds_of(sft) / (len(metrics_of(sft)) - 1)
-    return round(seconds_of(grpo) / PARTS / per_step)
-
-
 def evaluated(folder: Path, baseline: Path | None, place: str, flags: list[str]) -> dict:  # type: ignore[type-arg]
     command = [sys.executable, str(ROOT / "evaluate.py"), "--skip-mpc", "--overwrite", *flags]
     command += ["--model-path", str(folder), "--save-dir", str(folder / place)]
@@ -156,7 +148,7 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
     """One arm with one seed: train, evaluate, leave the small file."""
     record: dict[str, object] = {"arm": name, "seed": seed}
     if name.startswith("more_sft"):
-        flags = ["--steps", str(more_sft_steps(seed, work_dir)), "--eval-every", "100"]
+        flags = ["--steps", str(MORE_SFT_STEPS), "--eval-every", "100"]
         flags += ["--learning-rate", name.removeprefix("more_sft_"), "--save-every", "2000"]
         folder = trained_sft(flags, seed, work_dir)
         record["flags"] = " ".join(flags)
