@@ -5,7 +5,7 @@
     python benchmarks/study.py --table                  the tables of what benchmarks/results/ holds
     python benchmarks/study.py --figures docs           the pictures of it
 
-Long arms are evaluated on 512 held-out starts; the three arms more_sft_* share GRPO's processor time;
+Long arms are evaluated on 512 held-out starts; more_sft_* share GRPO's processor time;
 few_demonstrations has a twentieth of the data. Short arms are runs of 40 steps of 1,024 completions
 from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
