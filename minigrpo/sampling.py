@@ -97,7 +97,8 @@ def sample_completions(
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
     if bool(logprobs.isnan().any()):
         raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
-    longest = int(mask.sum(dim=1).max())
+    # Fused functions are compiled for each length, so there it stays the same.
+    longest = length if model.is_fused else int(mask.sum(dim=1).max())
     if acting.top_p == 1.0:
         stored = None
     else:

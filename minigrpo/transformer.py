@@ -380,12 +380,13 @@ def after_attention(block: Block, h: Tensor, mixed: Tensor) -> Tensor:
 
 @functools.cache
 def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its element-wise operations in few kernels, built at its first calls.
+    """The function with its element-wise operations in few kernels, compiled at its first call.
 
-    The first is for one shape, a later one for any size of what was seen to change.
+    For one shape: another length is compiled anew. Kernels for any length ended in an error inside
+    the compiler of torch 2.11 when scores were taken in chunks.
     """
-    torch._dynamo.config.recompile_limit = 64  # prefill, decoding, scoring and update have some
-    compiled: Callable[P, R] = torch.compile(function)
+    torch._dynamo.config.recompile_limit = 64  # beyond it functions run as they are written
+    compiled: Callable[P, R] = torch.compile(function, dynamic=False)
     return compiled
 
 
