@@ -94,6 +94,7 @@ LONG_GRPO = {
     "default": "",
     "default_no_control_variate": "--control-variate none",
     "default_final_norm_rate_1": "--final-norm-rate 1",
+    "default_kl_0": "--kl-beta 0",
     "few_demonstrations": f"{FEW} |",
 }
 LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
@@ -217,6 +218,7 @@ def main_table() -> str:
     for name, policy, title in (
         ("default_no_control_variate", "grpo", "GRPO without control variate"),
         ("default_final_norm_rate_1", "grpo", "GRPO with one rate for all weights"),
+        ("default_kl_0", "grpo", "GRPO without KL term"),
         ("few_demonstrations", "sft", "SFT on 1,000 demonstrations"),
         ("few_demonstrations", "grpo", "GRPO from there"),
     ):
@@ -337,6 +339,7 @@ def curve_of(record: dict, key: str, seconds: float | None = None) -> plots.Seri
 
 
 def main() -> None:
+    global RESULTS
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -344,9 +347,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help=", ".join(arms))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "study")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the small files lie")
     parser.add_argument("--table", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw, train nothing")
     given = parser.parse_args()
+    RESULTS = given.results
     if given.figures:
         draw_figures(given.figures)
         return
