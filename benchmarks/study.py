@@ -306,15 +306,17 @@ def draw_figures(folder: Path) -> None:
     found = records_of("default")
     more = {rate: records_of(f"more_sft_{rate}") for rate in MORE_SFT}
     more = {rate: records for rate, records in more.items() if records}
-    curves = {}
+    curves, axis = {}, "processor time (s)" if more else "step"
     for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
-        curves[f"GRPO, {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
+        curves[f"GRPO, {label}"] = [
+            curve_of(one, key, one["seconds"] if more else None) for one in found
+        ]
         for rate, records in more.items():
             curves[f"longer SFT, {label}, {rate}"] = [
                 curve_of(one, key, one["seconds"]) for one in records
             ]
     lqr = found[0]["curve"][0]["eval/lqr_reward"]
-    plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, "processor time (s)")
+    plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, axis)
     rewards = {
         f"{name}, greedy": [curve_of(one, "eval/greedy_reward") for one in records_of(name)]
         for name in ("short", "uncapped_constraints", "punishment")
