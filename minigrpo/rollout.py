@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
+from torch.nn import functional as F
 
 from minigrpo.config import GRPOConfig
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
@@ -210,7 +211,9 @@ def make_rollout(
     std = cast(AdvantageStd, config.advantage_std)
     if config.control_variate == "mean_plan":
         variates = control_variates(experience, config.group_size, task, reward)
-        sums = sum_over_ranks(variate_sums(total, variates, config.group_size).sum(dim=1))
+        own = variate_sums(total, variates, config.group_size).sum(dim=1)  # [4, C]
+        length = own.shape[1]  # of this rank's longest completion
+        sums = sum_over_ranks(F.pad(own, (0, task.max_completion_length - length)))[:, :length]
         advantages = variate_advantages(
             total, variates, config.group_size, std, sums, everybodys
         )  # [N, C]

@@ -402,10 +402,19 @@ def test_control_variates_reach_the_rollout_with_the_sums_and_rewards_of_all_ran
     config = replace(CONFIG, control_variate="mean_plan", advantage_std="batch")
     more = torch.tensor([3.0, -2.0, 5.0], dtype=torch.float64)  # another rank's rewards
     monkeypatch.setattr(rollout_module, "gather_rows", lambda rows: [rows, [more]])
-    monkeypatch.setattr(rollout_module, "sum_over_ranks", lambda value: 2 * value + 1)
+    widths = []
+
+    def sum_over_ranks(value):
+        widths.append(value.shape[1])
+        return 2 * value + 1
+
+    monkeypatch.setattr(rollout_module, "sum_over_ranks", sum_over_ranks)
+    task = replace(TASK, max_completion_length=99)
     rollout, experience, _ = make_rollout(
-        a_model(), None, PROMPTS, torch.arange(5), config, TASK, final_position
+        a_model(), None, PROMPTS, torch.arange(5), config, task, final_position
     )
+    # Another rank's longest completion may be longer: what is summed has room for any.
+    assert widths == [task.max_completion_length] > [rollout.completion_tokens.shape[1]]
     variates = control_variates(experience, 3, TASK, final_position)
     assert not variates.isnan().all()
     sums = 2 * variate_sums(rollout.rewards, variates, 3).sum(dim=1) + 1
