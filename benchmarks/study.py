@@ -6,7 +6,7 @@
     python benchmarks/study.py --figures docs           the pictures of it
 
 Long arms are evaluated on 512 held-out starts; more_sft_* share GRPO's processor time;
-few_demonstrations has a twentieth of the data. Short arms are runs of 40 steps of 1,024 completions
+strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
 from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
@@ -49,7 +49,12 @@ CURVE = (
 SHORT = "--steps 40 --prompts-per-step 128 --num-minibatches 8 --save-every 40 --eval-every 20"
 # Each at least a third of the processor time of GRPO's 200 steps, on CPUs 3,500 to 6,000 of these.
 MORE_SFT_STEPS = 6000
-MORE_SFT = ("1e-3", "2e-3", "4e-3")
+MORE_SFT = {
+    "1e-3": "--learning-rate 1e-3",
+    "2e-3": "--learning-rate 2e-3",
+    "4e-3": "--learning-rate 4e-3",
+    "strong": "--num-demonstrations 20000",
+}
 
 # Short arms: flags of train_grpo.py after SHORT; `sft` before a bar are flags of train_sft.py.
 SHORT_ARMS = {
@@ -62,17 +67,15 @@ SHORT_ARMS = {
     "temperature_1.5_top_p_0.9": "--temperature 1.5 --top-p 0.9",
     "full_softmax": "--temperature 1.5 --top-p 0.9",
     "full_softmax_temperature_1": "--top-p 0.9",
-    "std_batch": "--advantage-std batch",
+    "std_group": "--advantage-std group",
     "std_none": "--advantage-std none --max-grad-norm 10",
     "kl_0": "--kl-beta 0",
     "kl_0.1": "--kl-beta 0.1",
     "group_4": "--group-size 4 --prompts-per-step 256",
     "group_16": "--group-size 16 --prompts-per-step 64",
     "group_32": "--group-size 32 --prompts-per-step 32",
-    "lr_1e-4": "--learning-rate 1e-4",
-    "lr_5e-4": "--learning-rate 5e-4",
-    "final_norm_rate_1": "--final-norm-rate 1",
-    "final_norm_rate_5": "--final-norm-rate 5",
+    "lr_2.5e-4": "--learning-rate 2.5e-4",
+    "lr_1e-3": "--learning-rate 1e-3",
     "minibatches_1": "--num-minibatches 1",
     "minibatches_2": "--num-minibatches 2",
     "minibatches_32": "--num-minibatches 32",
@@ -89,13 +92,15 @@ SHORT_ARMS = {
     "no_weight_noise": "--weight-noise 0 |",
     "narrow_labels": "--smoothing-width 0.01 |",
 }
-FEW = "--num-demonstrations 1000 --steps 1200 --eval-every 20"
+# A rate for the logits' scale of its own, half the rate for the rest: for a start that is near the
+# optimum, where the default rate first undoes what was learned.
+SHARPEN = "--learning-rate 2.5e-4 --final-norm-rate 20 --advantage-std group"
+STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_no_control_variate": "--control-variate none",
-    "default_final_norm_rate_1": "--final-norm-rate 1",
-    "default_kl_0": "--kl-beta 0",
-    "few_demonstrations": f"{FEW} |",
+    "default_sharpen": SHARPEN,
+    "strong": f"{STRONG} | {SHARPEN}",
 }
 LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
 
@@ -149,8 +154,8 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
     """One arm with one seed: train, evaluate, leave the small file."""
     record: dict[str, object] = {"arm": name, "seed": seed}
     if name.startswith("more_sft"):
-        flags = ["--steps", str(MORE_SFT_STEPS), "--eval-every", "100"]
-        flags += ["--learning-rate", name.removeprefix("more_sft_"), "--save-every", "2000"]
+        flags = ["--steps", str(MORE_SFT_STEPS), "--eval-every", "100", "--save-every", "2000"]
+        flags += MORE_SFT[name.removeprefix("more_sft_")].split()
         folder = trained_sft(flags, seed, work_dir)
         record["flags"] = " ".join(flags)
         record["report"] = evaluated(folder, None, "evaluation", [])
@@ -217,10 +222,9 @@ def main_table() -> str:
     rows.append(("SFT, sampled at temperature 0.5", cold))
     for name, policy, title in (
         ("default_no_control_variate", "grpo", "GRPO without control variate"),
-        ("default_final_norm_rate_1", "grpo", "GRPO with one rate for all weights"),
-        ("default_kl_0", "grpo", "GRPO without KL term"),
-        ("few_demonstrations", "sft", "SFT on 1,000 demonstrations"),
-        ("few_demonstrations", "grpo", "GRPO from there"),
+        ("default_sharpen", "grpo", "GRPO with a rate for the final norm"),
+        ("strong", "sft", "SFT on 20,000 demonstrations"),
+        ("strong", "grpo", "GRPO from there, with a rate for the final norm"),
     ):
         for mode in ("greedy", "sampled") if records_of(name) else ():
             summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]
@@ -229,7 +233,7 @@ def main_table() -> str:
         more = records_of(f"more_sft_{rate}")
         for mode in ("greedy", "sampled") if more else ():
             summaries = [one["report"]["policies"]["sft"][mode] for one in more]
-            rows.append((f"more SFT, learning rate {rate}, {mode}", summaries))
+            rows.append((f"more SFT, {MORE_SFT[rate].removeprefix('--')}, {mode}", summaries))
     lines = [
         "| policy | reward | final error | cost / LQR's | valid |",
         "|---|---|---|---|---|",
@@ -305,18 +309,22 @@ def draw_figures(folder: Path) -> None:
     """Learning curves with the range over seeds, old against new reward, error by step."""
     found = records_of("default")
     more = {rate: records_of(f"more_sft_{rate}") for rate in MORE_SFT}
-    more = {rate: records for rate, records in more.items() if records}
-    curves, axis = {}, "processor time (s)" if more else "step"
+    more = {rate: records for rate, records in more.items() if records and rate != "strong"}
+    curves = {}
     for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
-        curves[f"GRPO, {label}"] = [
-            curve_of(one, key, one["seconds"] if more else None) for one in found
-        ]
+        curves[f"GRPO, {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
         for rate, records in more.items():
             curves[f"longer SFT, {label}, {rate}"] = [
                 curve_of(one, key, one["seconds"]) for one in records
             ]
     lqr = found[0]["curve"][0]["eval/lqr_reward"]
-    plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, axis)
+    plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, "processor time (s)")
+    strong = {
+        f"GRPO, {label}": [curve_of(one, f"eval/{label}_reward") for one in records_of("strong")]
+        for label in ("greedy", "sampled")
+    }
+    if all(strong.values()):
+        plots.plot_seed_bands(folder / "strong_start.png", strong, lqr, "step")
     rewards = {
         f"{name}, greedy": [curve_of(one, "eval/greedy_reward") for one in records_of(name)]
         for name in ("short", "uncapped_constraints", "punishment")
@@ -341,7 +349,6 @@ def curve_of(record: dict, key: str, seconds: float | None = None) -> plots.Seri
 
 
 def main() -> None:
-    global RESULTS
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -349,11 +356,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help=", ".join(arms))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the small files lie")
     parser.add_argument("--table", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw, train nothing")
     given = parser.parse_args()
-    RESULTS = given.results
     if given.figures:
         draw_figures(given.figures)
         return

@@ -152,7 +152,7 @@ class SFTConfig(RunSettings):
     )
     save_dir: str = flag("ckpt/sft", "run folder; the best model lies at its top level")
     num_demonstrations: int = flag(
-        20_000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
+        1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
     demonstration_noise: float = flag(
         0.2,
@@ -166,7 +166,7 @@ class SFTConfig(RunSettings):
         "root mean square; the result is less sensitive to changes of its weights",
         at_least=0,
     )
-    steps: int = flag(2400, "optimizer steps", at_least=1)
+    steps: int = flag(1200, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
     micro_batch_size: int = flag(
         128, "rows per forward pass; cannot change the gradient", at_least=1
@@ -333,7 +333,7 @@ class EvalConfig(Settings):
 
 # Defaults that go with a kind of model; chosen on validation starts (README, Results).
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
-    ("tiny", SFTConfig): {"eval_every": 50},
+    ("tiny", SFTConfig): {},
     ("tiny", GRPOConfig): {
         "prompts_per_step": 256,
         "group_size": 8,
@@ -343,12 +343,11 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "temperature": 1.0,
         "top_p": 1.0,
         "support_size": 32,
+        "advantage_std": "batch",
         "control_variate": "mean_plan",
-        "learning_rate": 2.5e-4,
-        "final_norm_rate": 20.0,
+        "learning_rate": 5e-4,
     },
     ("pretrained", SFTConfig): {
-        "num_demonstrations": 1000,
         "learning_rate": 2e-5,
         "steps": 300,
         "batch_size": 16,
