@@ -136,6 +136,7 @@ def evaluated(folder: Path, baseline: Path | None, place: str, flags: list[str])
     command += [] if baseline is None else ["--baseline", str(baseline)]
     subprocess.run(command, check=True)
     report: dict = json.loads((folder / place / "evaluation.json").read_text())  # type: ignore[type-arg]
+    del report["config"]  # folders of one machine; what differs from the defaults is in `flags`
     return report
 
 
