@@ -101,6 +101,7 @@ LONG_GRPO = {
     "default_no_control_variate": "--control-variate none",
     "default_sharpen": SHARPEN,
     "strong": f"{STRONG} | {SHARPEN}",
+    "strong_again": f"{STRONG} | {SHARPEN} --kl-beta 0 --steps 140",  # from what strong published
 }
 LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
 
@@ -164,7 +165,9 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         before, bar, after = LONG_GRPO[name].partition("|")
         sft_flags, flags = (before.split(), after.split()) if bar else ([], before.split())
         sft, folder = trained_sft(sft_flags, seed, work_dir), work_dir / f"{name}-seed{seed}"
-        train("train_grpo.py", folder, ["--init", str(sft), "--seed", str(seed), *flags])
+        again = work_dir / f"{name.removesuffix('_again')}-seed{seed}"
+        start = again if name.endswith("_again") else sft
+        train("train_grpo.py", folder, ["--init", str(start), "--seed", str(seed), *flags])
         record["flags"] = LONG_GRPO[name]
         record["report"] = evaluated(folder, sft, "evaluation", ["--best-of", "16"])
         record["sft_temperature_0.5"] = evaluated(sft, None, "cold", ["--temperature", "0.5"])
@@ -226,6 +229,7 @@ def main_table() -> str:
         ("default_sharpen", "grpo", "GRPO with a rate for the final norm"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there, with a rate for the final norm"),
+        ("strong_again", "grpo", "140 more steps of it"),
     ):
         for mode in ("greedy", "sampled") if records_of(name) else ():
             summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]
