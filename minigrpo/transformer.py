@@ -215,7 +215,7 @@ class KVCache:
     """Keys and values of the tokens so far, preallocated; the one object written in place.
 
     In memory time-major: a step appends one contiguous block, and on a CPU `attend` streams over
-    whole rows. On CUDA a batch-major one is no faster (make bench).
+    whole rows. On CUDA a batch-major one is no faster (README, Speed).
     """
 
     def __init__(
@@ -369,10 +369,12 @@ class Block(nn.Module):
 def before_attention(
     block: Block, h: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, Q, D], k and v [B, J, Q, D]. A function: blocks share what is compiled."""
     return block.attention.project(block.attention_norm(h), cos, sin)
 
 
 def after_attention(block: Block, h: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of the block, [B, Q, E], of the mixed values [B, H, Q, D]."""
     h = h + block.attention.out(rearrange(mixed, "b h q d -> b q (h d)"))
     out: Tensor = h + block.mlp(block.mlp_norm(h))
     return out

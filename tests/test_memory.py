@@ -113,6 +113,25 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     assert less.sampling == got.sampling
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_cuda_kept_graphs_are_counted_beside_the_update(precision: str) -> None:
+    """Three caches, the weights in float32 and, for autocast, in bfloat16; not of shards."""
+    shape = TransformerConfig("qwen2", 50, 8, 12, 2, 4, 2, 2, tied_head=False)
+    work = Workload(7, 5, 3, 20, 4, 40)
+    config = GRPOConfig(precision=precision)
+    plain = memory_estimate(shape, config, work)
+    kept = memory_estimate(shape, config, replace(work, is_on_cuda=True))
+    weights, tables = plain.model["weights"], 4 * 2 * 50 * 8
+    cast = weights // 2 + tables if precision == "bfloat16" else 0
+    assert kept.sampling["copied weights"] == weights + cast
+    assert kept.sampling["KV cache"] == 3 * plain.sampling["KV cache"]
+    phases = sum(kept.sampling.values()) + sum(kept.update.values())
+    assert kept.peak == sum(kept.model.values()) + phases
+    sharded = replace(config, parallel="fsdp")
+    cut = (sharded, replace(work, is_on_cuda=True), 2, 2)
+    assert memory_estimate(shape, *cut) == memory_estimate(shape, sharded, work, 2, 2)
+
+
 @pytest.mark.parametrize("shape", [LLAMA, QWEN3, WIDE, replace(QWEN3, tied_head=False)])
 @pytest.mark.parametrize("targets", ["", "q_proj", "v_proj,o_proj,up_proj", "down_proj,gate_proj"])
 def test_parameters_are_counted_without_making_them(shape: TransformerConfig, targets: str) -> None:
