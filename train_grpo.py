@@ -222,9 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
     config = resolved.config
-    if config.control_variate != "none" and task.codec.style != "numbers":
+    if config.credit == "choice" and task.codec.style != "numbers":
         raise ValueError(
-            "control_variate must be none with codec style words, where a control is many tokens"
+            "credit must be completion with codec style words, where a control is many tokens"
         )
     torch.set_float32_matmul_precision(config.matmul_precision)
     if config.measure_signal:

@@ -261,12 +261,19 @@ class GRPOConfig(RunSettings):
     advantage_std: str = flag(
         "group", "what advantages are divided by", choices=("group", "batch", "none")
     )
-    control_variate: str = flag(
-        "none",
-        "mean_plan: subtract, for each control, what the plan so far would be worth if it went on "
-        "like the mean of the group's others (unbiased where all text is well-formed; needs one "
-        "token a control)",
-        choices=("none", "mean_plan"),
+    credit: str = flag(
+        "completion",
+        "completion: every token has the advantage of its completion; choice: the simulator says "
+        "what each other control would have been worth, and the gradient is over all of them "
+        "(needs one token a control)",
+        choices=("completion", "choice"),
+    )
+    gae_lambda: float = flag(
+        0.7,
+        "with credit choice: how much of what a plan did later is laid to a control, less for each "
+        "step between; 1 is unbiased",
+        at_least=0,
+        at_most=1,
     )
     reward: str = flag(
         "progress", "punishment is kept for comparison", choices=("progress", "punishment")
@@ -335,17 +342,20 @@ class EvalConfig(Settings):
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {},
     ("tiny", GRPOConfig): {
-        "prompts_per_step": 256,
-        "group_size": 8,
-        "num_minibatches": 16,
+        "prompts_per_step": 512,
+        "group_size": 4,
+        "num_minibatches": 32,
         "micro_batch_size": 128,
         "rows_per_batch": 1024,
         "temperature": 1.0,
         "top_p": 1.0,
         "support_size": 32,
+        "credit": "choice",
         "advantage_std": "batch",
-        "control_variate": "mean_plan",
-        "learning_rate": 5e-4,
+        "learning_rate": 2.5e-4,
+        "final_norm_rate": 20.0,
+        "clip_eps_low": 0.1,
+        "clip_eps_high": 0.1,
     },
     ("pretrained", SFTConfig): {
         "learning_rate": 2e-5,

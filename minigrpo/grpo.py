@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
 
 AdvantageStd = Literal["group", "batch", "none"]
@@ -79,14 +79,14 @@ def group_advantages(
     divided at all (`none`: Dr. GRPO, 2503.20783). A group of equal rewards gets exactly 0: the
     rounding of its mean, divided by 1e-4, would be a signal. ValueError if N is no whole groups.
     """
-    scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
+    scale = advantage_scale(rewards, group_size, advantage_std, batch_rewards)  # [P]
     scale = torch.where(constant_groups(rewards, group_size), 0.0, scale)
     groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     return rearrange(centred * rearrange(scale, "p -> p 1"), "p g -> (p g)")
 
 
-def _advantage_scale(
+def advantage_scale(
     rewards: Tensor, group_size: int, advantage_std: AdvantageStd, batch_rewards: Tensor | None
 ) -> Tensor:
     """1 / (s + 1e-4) of each group, [N] -> [P]; `group`: 0 for equal rewards; `none`: 1."""
@@ -100,61 +100,6 @@ def _advantage_scale(
             return 1 / (everything.double().std() + STD_EPSILON).expand(len(groups))
         case "none":
             return groups.new_ones(len(groups))
-
-
-def others_mean(rewards: Tensor, group_size: int) -> Tensor:
-    """Mean reward of the other completions of a row's group (RLOO, 2402.14740): [N] -> [N]."""
-    groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
-    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-    return rearrange(others, "p g -> (p g)")
-
-
-def variate_sums(rewards: Tensor, variates: Tensor, group_size: int) -> Tensor:
-    """What the regression of `variate_advantages` needs of each group: [N], [N, T] -> [4, P, T].
-
-    Counts and sums of x, x x and x y; x = b - mean of the others' R, y = R - mean of the others' R.
-    """
-    others = others_mean(rewards, group_size)
-    y = rearrange(rewards.double() - others, "n -> n 1")
-    x = variates.double() - rearrange(others, "n -> n 1")  # [N, T], NaN where there is no variate
-    known = ~x.isnan()
-    x = torch.where(known, x, 0.0)
-    rows = torch.stack([known.double(), x, x * x, x * y])
-    return reduce(rows, "four (p g) t -> four p t", "sum", g=group_size)
-
-
-def variate_advantages(
-    rewards: Tensor,
-    variates: Tensor,
-    group_size: int,
-    advantage_std: AdvantageStd,
-    total_sums: Tensor,
-    batch_rewards: Tensor | None = None,
-) -> Tensor:
-    """Advantages of T decisions with a control variate: [N], [N, T] -> [N, T].
-
-    A_ik = (y_i - c_k (x_ik - m_k)) / (s + 1e-4)
-    y_i  = R_i - mean of the group's other rewards,  x_ik = b_ik - mean of the group's other rewards
-    m_k  = mean of x_jk,  c_k = sum x_jk y_j / sum x_jk (x_jk - m_k)    over all *other* groups
-    b_ik depends on the start, on what row i decided before k and on the other rows, never on what
-    row i decides at k or later; so neither does anything subtracted here, and the expected gradient
-    (before the division by s) is that of the expected reward. c and m only make the variance small.
-    s as in `group_advantages`; with `group` a group of equal rewards gets 0. NaN in `variates`, for
-    whole groups, is no variate: y_i itself, G / (G - 1) times the plain form. `total_sums` [4, T]:
-    `variate_sums` over all groups and ranks.
-    """
-    own = variate_sums(rewards, variates, group_size)
-    count, x, xx, xy = rearrange(total_sums, "four t -> four 1 t") - own  # of the others, [P, T]
-    mean = x / count.clamp(min=1.0)
-    spread = xx - x * mean
-    slope = torch.where(spread > CONSTANT_SPAN * count, xy / spread, 0.0)
-    others = others_mean(rewards, group_size)
-    centred = variates.double() - rearrange(others, "n -> n 1")  # [N, T]
-    slope, mean = (repeat(of_group, "p t -> (p g) t", g=group_size) for of_group in (slope, mean))
-    explained = torch.where(centred.isnan(), 0.0, slope * (centred - mean))
-    scale = _advantage_scale(rewards, group_size, advantage_std, batch_rewards)
-    scale = repeat(scale, "p -> (p g) 1", g=group_size)
-    return (rearrange(rewards.double() - others, "n -> n 1") - explained) * scale
 
 
 def constant_groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -208,6 +153,7 @@ def grpo_loss(
     clip_eps_high: float,
     kl_beta: float,
     aggregation: Aggregation,
+    expected_values: Tensor | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """One micro-batch's share of the step's loss, to be added up; a scalar with a graph.
 
@@ -216,6 +162,9 @@ def grpo_loss(
     for per-token credit; denominator from `loss_denominator`, of the whole step. M may be 0.
     `old_logprobs` None: the rollout feeds exactly one optimizer step, old is `logprobs.detach()`.
     `ref_logprobs` None: no KL term. What lies outside the mask, NaN included, is never seen.
+    `expected_values` [M, C], in units of the advantages: sum_a q(a) W(a), what a choice is worth in
+    expectation over all tokens (`counterfactual`). Its gradient is subtracted where the ratio is
+    within the clip bounds, 0 in value; there `advantages` are of what came after the choice.
     """
     rows, width = mask.shape
     names = ("logprobs", "old_logprobs", "ref_logprobs")
@@ -237,6 +186,11 @@ def grpo_loss(
     log_ratio = logprobs - old  # [M, C], 0 outside the mask
     ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     per_token = policy_loss(ratio, advantages, clip_eps_low, clip_eps_high)
+    if expected_values is not None:
+        _require_shape("expected_values", expected_values, M=rows, C=width)
+        is_near = (ratio >= 1.0 - clip_eps_low) & (ratio <= 1.0 + clip_eps_high)
+        expected = torch.where(mask & is_near, expected_values, 0.0)
+        per_token = per_token - (expected - expected.detach())
     policy_part = (weights * per_token).sum()
     if ref_logprobs is None:
         kl, loss = torch.zeros_like(ratio), policy_part

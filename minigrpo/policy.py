@@ -192,17 +192,25 @@ class TokenScores:
 
     logprobs: Tensor  # [M, C] log q, nats; its gradient is the policy gradient's
     entropy: Tensor  # [M, C] entropy of q, nats, without gradient
+    expected: Tensor | None = None  # [M, C] mean over q of the choice values, if there are any
 
     def __post_init__(self) -> None:
         check_shapes(logprobs=(self.logprobs, "M C"), entropy=(self.entropy, "M C"))
 
 
 def score_logits(
-    logits: Tensor, tokens: Tensor, support: Tensor | None, temperature: float
+    logits: Tensor,
+    tokens: Tensor,
+    support: Tensor | None,
+    temperature: float,
+    values: Tensor | None = None,
+    basis: Tensor | None = None,
 ) -> TokenScores:
     """log q(token) and the entropy of q: logits [M, C, V], tokens [M, C], support [M, C, S].
 
     With a support, gathered before the division and the log-sum-exp: work over S values, not V.
+    With the values [M, C, K] of all choices over a basis [V, K] also their mean,
+    sum_a q(a) values . basis[a], and its gradient.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:
@@ -212,7 +220,7 @@ def score_logits(
             finite = logq.clamp(min=torch.finfo(logq.dtype).min)
             entropy = -(F.softmax(logq, dim=-1) * finite).sum(dim=-1)
         taken = logq.gather(-1, places).sum(dim=-1)  # of one: fully_shard wants no view
-        return TokenScores(taken, entropy)
+        return TokenScores(taken, entropy, _mean_value(logq.exp(), values, basis))
     # One gather for both: each has a backward pass that fills [M, C, V] with zeros.
     ids = torch.cat([places, support.long()], dim=-1)  # [M, C, 1 + S]
     both = tempered(logits.gather(-1, ids.clamp(min=0)), temperature)
@@ -222,7 +230,20 @@ def score_logits(
     with torch.no_grad():
         weight = torch.exp(inside - rearrange(norm, "m c -> m c 1"))
         entropy = norm - (weight * inside.clamp(min=torch.finfo(inside.dtype).min)).sum(dim=-1)
-    return TokenScores(rearrange(taken, "m c 1 -> m c") - norm, entropy)
+    expected = None
+    if values is not None:
+        q = torch.exp(inside - rearrange(norm, "m c -> m c 1"))  # 0 on filler
+        everywhere = torch.zeros_like(logits, dtype=q.dtype)
+        q = everywhere.scatter_add(-1, support.long().clamp(min=0), q)
+        expected = _mean_value(q, values, basis)
+    return TokenScores(rearrange(taken, "m c 1 -> m c") - norm, entropy, expected)
+
+
+def _mean_value(q: Tensor, values: Tensor | None, basis: Tensor | None) -> Tensor | None:
+    """sum_a q(a) values . basis[a]: [M, C, V], [M, C, K], [V, K] -> [M, C]."""
+    if values is None or basis is None:
+        return None
+    return (q @ basis.to(q.dtype) * values).sum(dim=-1)
 
 
 def completion_scores(
@@ -232,6 +253,8 @@ def completion_scores(
     completion_tokens: Tensor,
     support: Tensor | None,
     temperature: float,
+    values: Tensor | None = None,
+    basis: Tensor | None = None,
 ) -> TokenScores:
     """Score completions [M, C] after left-padded prompts [M, L], for old, new and reference alike.
 
@@ -249,16 +272,19 @@ def completion_scores(
     formula = fused(score_logits) if model.is_fused else score_logits
 
     def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
-        def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
-            scores = formula(logits, taken, kept, temperature)
-            return scores.logprobs, scores.entropy
+        def score(
+            logits: Tensor, taken: Tensor, kept: Tensor | None, worth: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            scores = formula(logits, taken, kept, temperature, worth, basis)
+            found = (scores.logprobs, scores.entropy, scores.expected)
+            return tuple(column for column in found if column is not None)
 
         if is_padded:
             index = repeat(places[first:] - pads, "m c -> m c e", e=hidden.shape[2])
             completions = hidden.gather(1, index)  # [M, C, E]
         else:
             completions = hidden[:, first:]
-        return in_chunks(score, completions, head_weight, completion_tokens, support)
+        return in_chunks(score, completions, head_weight, completion_tokens, support, values)
 
     return TokenScores(*model(tokens, None, None, output))
 

@@ -9,33 +9,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import cast
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn import functional as F
 
 from minigrpo.config import GRPOConfig
+from minigrpo.counterfactual import ChoiceValues, choice_values, later_values
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
 from minigrpo.grpo import (
     AdvantageStd,
+    advantage_scale,
     constant_groups,
     group_advantages,
-    variate_advantages,
-    variate_sums,
 )
 from minigrpo.lora import adapters_off
-from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.policy import ActingPolicy, TokenScores, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import Rewards
 from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.shapes import check_shapes
-from minigrpo.tokenizer import decode_completions, pad_id
+from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer
 
 CompletionRecord = dict[str, str | bool | float | dict[str, float]]
@@ -66,9 +65,10 @@ class Rollout:
     old_logprobs: Tensor | None  # [N, C]; None: the rollout feeds exactly one optimizer step
     ref_logprobs: Tensor | None  # [N, C]; None: no KL term
     rewards: Tensor  # [N] float64
-    advantages: Tensor  # [N] float64, or [N, C] with a control variate
+    advantages: Tensor  # [N] float64; [N, C] with `choices`, then of what came after each token
     prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
+    choices: ChoiceValues | None = None  # of every token there was, in units of the advantages
 
     def __post_init__(self) -> None:
         named = {"support": (self.support, "N C S"), "old_logprobs": (self.old_logprobs, "N C")}
@@ -125,11 +125,12 @@ def score_rows(
     completions: Completions,
     temperature: float,
     micro_batches: Iterable[Tensor],
-) -> Tensor:
+    choices: ChoiceValues | None = None,
+) -> TokenScores:
     """Log q of every sampled token [N, C] by the training forward, without gradient.
 
-    `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
-    ratio that is not 1 on the first optimizer step.
+    And the mean over q of `choices`. `micro_batches` are those of the first epoch: other shapes,
+    other rounding, and in bfloat16 a ratio that is not 1 on the first optimizer step.
     """
     support = completions.support
     pieces = [
@@ -140,11 +141,17 @@ def score_rows(
             completions.tokens[rows],
             None if support is None else support[rows],
             temperature,
-        ).logprobs
+            *((None, None) if choices is None else (choices.values[rows], choices.basis)),
+        )
         for rows in micro_batches
         if len(rows)
     ]
-    return torch.cat(pieces)
+    means = [piece.expected for piece in pieces if piece.expected is not None]
+    return TokenScores(
+        torch.cat([piece.logprobs for piece in pieces]),
+        torch.cat([piece.entropy for piece in pieces]),
+        torch.cat(means) if means else None,
+    )
 
 
 def minibatches(prompt_places: Tensor, config: GRPOConfig, step: int) -> Iterator[Tensor]:
@@ -185,7 +192,7 @@ def make_rollout(
     )
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     micro = [part for rows in first_epoch for part in torch.split(rows, config.micro_batch_size)]
-    old = ref = None
+    old = ref = expected = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         with gathered(model):
@@ -200,23 +207,32 @@ def make_rollout(
                 config.rows_per_batch,
             )
             sampled, completions = time.perf_counter(), experience.completions
-            if config.num_epochs * config.num_minibatches > 1:
-                old = score_rows(model, tokens, mask, completions, config.temperature, micro)
+            choices = None
+            if config.credit == "choice":
+                choices = choices_of(experience, model.config.vocab_size, task, config, reward)
+            is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
+            if is_old or choices is not None:
+                scores = score_rows(
+                    model, tokens, mask, completions, config.temperature, micro, choices
+                )
+                old, expected = scores.logprobs if is_old else None, scores.expected
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
-                ref = score_rows(reference, tokens, mask, completions, config.temperature, micro)
+                ref = score_rows(
+                    reference, tokens, mask, completions, config.temperature, micro
+                ).logprobs
     total = experience.rewards.total
     everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])
     std = cast(AdvantageStd, config.advantage_std)
-    if config.control_variate == "mean_plan":
-        variates = control_variates(experience, config.group_size, task, reward)
-        own = variate_sums(total, variates, config.group_size).sum(dim=1)  # [4, C]
-        length = own.shape[1]  # of this rank's longest completion
-        sums = sum_over_ranks(F.pad(own, (0, task.max_completion_length - length)))[:, :length]
-        advantages = variate_advantages(
-            total, variates, config.group_size, std, sums, everybodys
+    if choices is not None and expected is not None:
+        scale = advantage_scale(total, config.group_size, std, everybodys)
+        scale = repeat(scale, "p -> (p g) 1", g=config.group_size).to(device)
+        advantages = scale * later_values(
+            choices, completions.tokens, expected, config.group_size, config.gae_lambda
         )  # [N, C]
+        in_units = choices.values * rearrange(scale.float(), "n 1 -> n 1 1")
+        choices = replace(choices, values=in_units)
     else:
         advantages = group_advantages(total, config.group_size, std, everybodys)  # [N]
     rollout = Rollout(
@@ -232,57 +248,30 @@ def make_rollout(
         advantages=advantages,
         prompt_places=prompt_places,
         group_size=config.group_size,
+        choices=choices,
     )
     seconds = {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
     return rollout, experience, seconds
 
 
-def mean_plans(controls: Tensor) -> Tensor:
-    """Plans [P, G, T, T]: number k of a row is its own up to k, then the mean of the others'.
-
-    plan_gk = (u_g0 ... u_g,k-1, v_gk ... v_g,T-1),  v_g = mean of the u_h, h != g; [P, G, T]
-    """
-    horizon, size = controls.shape[2], controls.shape[1]
-    others = (controls.sum(dim=1, keepdim=True) - controls) / (size - 1)
-    time = torch.arange(horizon, device=controls.device)
-    is_own = rearrange(time, "t -> 1 t") < rearrange(time, "k -> k 1")  # [T, T]
-    own, rest = (rearrange(plan, "p g t -> p g 1 t") for plan in (controls, others))
-    return torch.where(is_own, own, rest)
-
-
-def control_variates(
+def choices_of(
     experience: Experience,
-    group_size: int,
+    vocab_size: int,
     task: Task,
+    config: GRPOConfig,
     reward: Callable[[ParsedControls, Trajectories], Rewards],
-) -> Tensor:
-    """What the plan so far would be worth if it went on like the group's others: [N, C].
-
-    b_k = R(`mean_plans` k), and R itself at EOS: a function of the start, the controls before k and
-    the other rows. NaN, no variate, beyond EOS and in a group with malformed text: there the gap to
-    valid text is the lesson. Whether a group is whole depends on later tokens too, so with
-    malformed text the gradient is not exact, by slope (x - mean) grad P(well-formed). Needs one
-    token a control.
-    """
-    parsed, flown = experience.parsed, experience.trajectories
-    horizon, length = task.plant.horizon, experience.completions.tokens.shape[1]
-    device = experience.completions.tokens.device
-    variates = torch.full((len(parsed.is_valid), length), torch.nan, dtype=torch.float64)
-    whole = reduce(parsed.is_valid, "(p g) -> p", "all", g=group_size)  # [P]
-    groups = rearrange(torch.arange(len(variates)), "(p g) -> p g", g=group_size)[whole]
-    # T plans a row: few fit the cache of a CPU, while a GPU wants many. In float64 on both.
-    at_once = max(1, (4096 if device.type == "cuda" else 32) // group_size)
-    for rows in torch.split(groups, at_once) if len(groups) else ():
-        own = flown.controls[rows].to(device)
-        plans = rearrange(mean_plans(own), "p g k t -> (p g k) t")
-        starts = repeat(flown.states[rows, 0].to(device), "p g c -> (p g k) c", k=horizon)
-        valid = torch.ones(len(plans), dtype=torch.bool, device=device)
-        written = ParsedControls(plans, valid, torch.full_like(valid, horizon, dtype=torch.int64))
-        total = reward(written, task.plant.simulate(starts, plans)).total
-        rows, worth = rows.flatten(), rearrange(total.cpu(), "(n k) -> n k", k=horizon)
-        variates[rows, :horizon] = worth
-        variates[rows, horizon] = experience.rewards.total[rows]  # EOS: the plan is written
-    return variates
+) -> ChoiceValues:
+    """`counterfactual.choice_values` of an experience, on the model's device."""
+    tokens = experience.completions.tokens
+    return choice_values(
+        tokens,
+        token_values(task.tokenizer, vocab_size).to(tokens.device),
+        int(task.tokenizer.eos_token_id),
+        experience.trajectories.states[:, 0].to(tokens.device),
+        config.group_size,
+        task.plant,
+        reward,
+    )
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:

@@ -119,6 +119,7 @@ def accumulate_gradient(
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     gap = torch.zeros((), device=device)
+    choices = rollout.choices
     parts, nobody = [], torch.zeros(1, dtype=torch.int64, device=device)
     for i in range(num_micro):
         chosen = rows[i * config.micro_batch_size : (i + 1) * config.micro_batch_size]
@@ -133,6 +134,7 @@ def accumulate_gradient(
                 rollout.completion_tokens[chosen],
                 None if rollout.support is None else rollout.support[chosen],
                 config.temperature,
+                *((None, None) if choices is None else (choices.values[chosen], choices.basis)),
             )
         loss, metrics = grpo_loss(
             scores.logprobs,
@@ -145,6 +147,7 @@ def accumulate_gradient(
             config.clip_eps_high,
             config.kl_beta,
             aggregation,
+            scores.expected,
         )
         backward(model, loss)
         parts.append(metrics)

@@ -1,0 +1,172 @@
+"""Credit for each control: the policy gradient over every choice there was, not the drawn one only.
+
+One reward for fifty controls is a noisy teacher; a simulator can say what any other choice would
+have done. With u the controls that a row wrote, v the mean plan of its group's others, and h_k what
+precedes choice k, of T + 1 choices:
+
+    W_k(a) = R(u_0 ... u_{k-1}, a, v_{k+1} ... v_{T-1})    k < T, a a control
+    W_T(EOS) = R(u_0 ... u_{T-1})                          to stop, once all controls are written
+    W_k(a) = R(malformed text)                             any other token; there the row ends
+    w_k = W_k(u_k), what was chosen      e_k = sum_a q(a | h_k) W_k(a), the choice still open
+    F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), minus its mean over the others   `later_values`
+
+    gradient = sum_k  sum_a W_k(a) grad q(a | h_k)  +  F_k grad log q(u_k | h_k)
+
+The first term is exact in the choice (all actions: Sutton et al. 2001; expected policy gradients,
+1706.05374), with the counterfactual value of COMA (1705.08926), which here is computed and not
+learned. The second says what the row itself did later, and lambda is that of GAE (1506.02438):
+with lambda = 1 the sum is R - w_k minus terms w_j - e_j of mean 0, and the gradient that of E[R],
+exactly, whatever W is. A smaller lambda forgets what lies far behind k, bias for variance: W takes
+later controls from v, which does not react to u_k.
+
+N rows = P groups of G   T horizon   C completion length   V vocabulary   K nodes of the values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.prompts import ParsedControls
+from minigrpo.reward import Rewards
+from minigrpo.shapes import check_shapes
+
+# W_k is simulated at v_k plus these shares of the control bound, and is linear in between.
+OFFSETS = (-2.0, -0.4, -0.1, -0.03, 0.0, 0.03, 0.1, 0.4, 2.0)
+NUM_NODES = 61  # of the grid over the control range on which it is then stored
+
+
+@dataclass(frozen=True)
+class ChoiceValues:
+    """What each token would have been worth at each position of each row, in float32.
+
+    W_k(a) - R(malformed text) = values[n, k] . basis[a]: piecewise linear in the number of a; the
+    last column is EOS. 0 for words, and everywhere after the first token that broke the format.
+    """
+
+    values: Tensor  # [N, C, K]
+    basis: Tensor  # [V, K]
+    num_written: Tensor  # [N] int64, tokens before the one that broke the format, T + 1: none did
+
+    def __post_init__(self) -> None:
+        check_shapes(
+            values=(self.values, "N C K"),
+            basis=(self.basis, "V K"),
+            num_written=(self.num_written, "N"),
+        )
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Those of one token a position: [N, C] -> [N, C]."""
+        return (self.values * self.basis[tokens]).sum(dim=-1)
+
+
+def num_written(tokens: Tensor, token_values: Tensor, eos: int, horizon: int) -> Tensor:
+    """Tokens of each row that keep the format, T controls and EOS: [N, C] -> [N], 0 to T + 1."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    is_number = ~token_values.isnan()[tokens]
+    fits = torch.where(places < horizon, is_number, tokens == eos)[:, : horizon + 1]
+    return fits.long().cumprod(dim=1).sum(dim=1)
+
+
+def others_plan(controls: Tensor, is_whole: Tensor, group_size: int) -> Tensor:
+    """Mean plan of the group's other well-formed rows, 0 if there is none: [N, T] -> [N, T]."""
+    kept = rearrange(is_whole.to(controls.dtype), "(p g) -> p g 1", g=group_size)
+    plans = rearrange(controls, "(p g) t -> p g t", g=group_size) * kept
+    total, count = (reduce(x, "p g t -> p 1 t", "sum") for x in (plans, kept))
+    return rearrange((total - plans) / (count - kept).clamp(min=1), "p g t -> (p g) t")
+
+
+def choice_values(
+    tokens: Tensor,
+    token_values: Tensor,
+    eos: int,
+    initial_states: Tensor,
+    group_size: int,
+    plant: DoubleIntegrator,
+    reward: Callable[[ParsedControls, Trajectories], Rewards],
+) -> ChoiceValues:
+    """Simulate every choice of completions [N, C] from initial_states [N, 2], float64.
+
+    token_values [V]: the control that a token stands for, NaN for words. For one token a control;
+    on the tokens' device.
+    """
+    sizes = check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
+    horizon, bound, length = plant.horizon, plant.control_bound, sizes["C"]
+    written = num_written(tokens, token_values, eos, horizon)
+    controls = token_values[tokens[:, :horizon]].nan_to_num(0.0)
+    missing = initial_states.new_zeros(len(tokens), max(0, horizon - length))
+    controls = torch.cat([controls, missing], dim=1)  # [N, T]
+    others = others_plan(controls, written > horizon, group_size)
+
+    def worth(plans: Tensor, starts: Tensor, is_valid: bool = True) -> Tensor:
+        valid = torch.full((len(plans),), is_valid, device=plans.device)
+        parsed = ParsedControls(plans, valid, torch.full_like(valid, horizon, dtype=torch.int64))
+        return reward(parsed, plant.simulate(starts, plans)).total
+
+    malformed = worth(controls[:1], initial_states[:1], is_valid=False)
+    grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=tokens.device)
+    offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=tokens.device)
+    place = torch.arange(horizon, device=tokens.device)
+    is_own = rearrange(place, "t -> 1 t") < rearrange(place, "k -> k 1")  # [T, T]
+    is_k = rearrange(torch.eye(horizon, device=tokens.device).bool(), "k t -> k 1 t")
+    values = torch.zeros(len(tokens), max(length, horizon + 1), NUM_NODES + 1, device=tokens.device)
+    # T plans a row and an offset: few fit the cache of a CPU, while a GPU wants many.
+    every_row = torch.arange(len(tokens), device=tokens.device)
+    for rows in torch.split(every_row, 1024 if tokens.is_cuda else 8):
+        own, rest = (rearrange(x[rows], "n t -> n 1 t") for x in (controls, others))
+        plans = rearrange(torch.where(is_own, own, rest), "n k t -> n k 1 t")
+        nodes = (rearrange(others[rows], "n k -> n k 1") + offsets).clamp(-bound, bound)
+        plans = torch.where(is_k, rearrange(nodes, "n k a -> n k a 1"), plans)  # [n, T, A, T]
+        starts = repeat(initial_states[rows], "n c -> (n k a) c", k=horizon, a=len(offsets))
+        worths = worth(rearrange(plans, "n k a t -> (n k a) t"), starts)
+        worths = rearrange(worths, "(n k a) -> n k a", k=horizon, a=len(offsets))
+        values[rows, :horizon, :-1] = (interpolated(nodes, worths, grid) - malformed).float()
+    values[:, horizon, -1] = (worth(controls, initial_states) - malformed).float()
+    values[torch.arange(values.shape[1], device=tokens.device) > rearrange(written, "n -> n 1")] = 0
+    basis = hat_functions(token_values, grid)
+    basis[eos, -1] = 1.0
+    return ChoiceValues(values[:, :length], basis, written)
+
+
+def interpolated(nodes: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """Linear between values [..., A] at ascending nodes [..., A], constant beyond: [..., K]."""
+    x = at.expand(*nodes.shape[:-1], -1).contiguous()
+    right = torch.searchsorted(nodes, x, right=True).clamp(1, nodes.shape[-1] - 1)
+    low, high = nodes.gather(-1, right - 1), nodes.gather(-1, right)
+    share = ((x - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    return torch.lerp(values.gather(-1, right - 1), values.gather(-1, right), share)
+
+
+def hat_functions(token_values: Tensor, grid: Tensor) -> Tensor:
+    """Weights of the two nodes that a token's number lies between, 0 for words: [V, K + 1]."""
+    distance = (rearrange(token_values, "v -> v 1") - grid).abs() / (grid[1] - grid[0])
+    hats = (1 - distance).clamp(min=0).nan_to_num(0.0).float()
+    return torch.cat([hats, torch.zeros_like(hats[:, :1])], dim=1)
+
+
+def later_values(
+    choices: ChoiceValues, tokens: Tensor, expected: Tensor, group_size: int, gae_lambda: float
+) -> Tensor:
+    """F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), minus its mean over the group's other rows.
+
+    tokens, expected e [N, C] -> [N, C] float64. j ends at the choice that broke the format; after
+    it F is 0.
+    """
+    sizes = check_shapes(tokens=(tokens, "N C"), expected=(expected, "N C"))
+    place = torch.arange(sizes["C"], device=tokens.device)
+    exists = place <= rearrange(choices.num_written, "n -> n 1")  # [N, C]
+    chosen = choices.of_tokens(tokens).double()
+    change = torch.zeros_like(chosen)
+    change[:, 1:] = expected[:, 1:] - chosen[:, :-1]
+    change = torch.where(exists, change, 0.0)
+    later = torch.zeros_like(change)
+    for k in range(sizes["C"] - 2, -1, -1):
+        later[:, k] = gae_lambda * (change[:, k + 1] + later[:, k + 1])
+    groups = rearrange(later, "(p g) c -> p g c", g=group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return torch.where(exists, rearrange(groups - others, "p g c -> (p g) c"), 0.0)
