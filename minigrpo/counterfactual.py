@@ -8,7 +8,7 @@ precedes choice k, of T + 1 choices:
     W_T(EOS) = R(u_0 ... u_{T-1})                          to stop, once all controls are written
     W_k(a) = R(malformed text)                             any other token; there the row ends
     w_k = W_k(u_k), what was chosen      e_k = sum_a q(a | h_k) W_k(a), the choice still open
-    F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), minus its mean over the others   `later_values`
+    F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1})                       `later_values`
 
     gradient = sum_k  sum_a W_k(a) grad q(a | h_k)  +  F_k grad log q(u_k | h_k)
 
@@ -150,12 +150,13 @@ def hat_functions(token_values: Tensor, grid: Tensor) -> Tensor:
 
 
 def later_values(
-    choices: ChoiceValues, tokens: Tensor, expected: Tensor, group_size: int, gae_lambda: float
+    choices: ChoiceValues, tokens: Tensor, expected: Tensor, gae_lambda: float
 ) -> Tensor:
-    """F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), minus its mean over the group's other rows.
+    """F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), what a row did later, beyond what W says.
 
     tokens, expected e [N, C] -> [N, C] float64. j ends at the choice that broke the format; after
-    it F is 0.
+    it F is 0. Nothing is subtracted: the mean over other rows, whose values see this row's plan,
+    would depend on what it chose, and that over other groups makes no difference to the variance.
     """
     sizes = check_shapes(tokens=(tokens, "N C"), expected=(expected, "N C"))
     place = torch.arange(sizes["C"], device=tokens.device)
@@ -167,6 +168,4 @@ def later_values(
     later = torch.zeros_like(change)
     for k in range(sizes["C"] - 2, -1, -1):
         later[:, k] = gae_lambda * (change[:, k + 1] + later[:, k + 1])
-    groups = rearrange(later, "(p g) c -> p g c", g=group_size)
-    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-    return torch.where(exists, rearrange(groups - others, "p g c -> (p g) c"), 0.0)
+    return torch.where(exists, later, 0.0)

@@ -229,7 +229,7 @@ def make_rollout(
         scale = advantage_scale(total, config.group_size, std, everybodys)
         scale = repeat(scale, "p -> (p g) 1", g=config.group_size).to(device)
         advantages = scale * later_values(
-            choices, completions.tokens, expected, config.group_size, config.gae_lambda
+            choices, completions.tokens, expected, config.gae_lambda
         )  # [N, C]
         in_units = choices.values * rearrange(scale.float(), "n 1 -> n 1 1")
         choices = replace(choices, values=in_units)

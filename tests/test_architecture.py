@@ -26,10 +26,11 @@ EDGES = {
     "sampling": "shapes transformer policy",
     "reward": "shapes double_integrator lqr prompts",
     "tokenizer": "double_integrator prompts",
+    "counterfactual": "shapes double_integrator prompts reward",
     "data": "shapes double_integrator lqr prompts tokenizer",
     "sft": "config distributed transformer optim policy data",
-    "rollout": "config shapes distributed transformer grpo double_integrator policy lora "
-    "prompts sampling reward tokenizer data",
+    "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "
+    "lora prompts sampling reward tokenizer data",
     "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
     "rollout",
     "update": "config distributed transformer grpo optim policy rollout",

@@ -128,8 +128,8 @@ def test_the_evaluation_takes_codec_and_prompt_from_the_checkpoint(
     train_sft.main(["--model", str(base), "--save-dir", str(sft), *SFT])
     evaluate.main(["--model-path", str(sft), "--num-cases", "4", "--skip-mpc", "--device=cpu"])
     assert json.loads((sft / "evaluation" / "evaluation.json").read_text())["num_cases"] == 4
-    with pytest.raises(ValueError, match=r"^control_variate must be none with codec style words"):
-        flags = ["--save-dir", str(tmp_path / "grpo"), "--control-variate=mean_plan", *GRPO]
+    with pytest.raises(ValueError, match=r"^credit must be completion with codec style words"):
+        flags = ["--save-dir", str(tmp_path / "grpo"), "--credit=choice", *GRPO]
         train_grpo.main(["--init", str(sft), *flags])
     assert not (tmp_path / "grpo").exists()
     manifest = json.loads((sft / "minigrpo.json").read_text())

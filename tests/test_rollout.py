@@ -14,7 +14,6 @@ from minigrpo.checkpoint import make_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
 from minigrpo.double_integrator import DoubleIntegrator, Trajectories
-from minigrpo.grpo import variate_advantages, variate_sums
 from minigrpo.lqr import QuadraticCost
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy, completion_scores
@@ -23,7 +22,6 @@ from minigrpo.reward import Rewards
 from minigrpo.rollout import (
     Experience,
     Rollout,
-    control_variates,
     make_rollout,
     minibatches,
     rollout_metrics,
@@ -396,28 +394,3 @@ def test_a_rollout_changes_no_weight_and_leaves_no_gradient() -> None:
 def test_a_rollout_with_parts_that_do_not_fit_is_refused(field: str, value: Tensor) -> None:
     with pytest.raises(ValueError, match=f"{field} must have shape"):
         replace(rolled()[0], **{field: value})
-
-
-def test_control_variates_reach_the_rollout_with_the_sums_and_rewards_of_all_ranks(monkeypatch):
-    config = replace(CONFIG, control_variate="mean_plan", advantage_std="batch")
-    more = torch.tensor([3.0, -2.0, 5.0], dtype=torch.float64)  # another rank's rewards
-    monkeypatch.setattr(rollout_module, "gather_rows", lambda rows: [rows, [more]])
-    widths = []
-
-    def sum_over_ranks(value):
-        widths.append(value.shape[1])
-        return 2 * value + 1
-
-    monkeypatch.setattr(rollout_module, "sum_over_ranks", sum_over_ranks)
-    task = replace(TASK, max_completion_length=99)
-    rollout, experience, _ = make_rollout(
-        a_model(), None, PROMPTS, torch.arange(5), config, task, final_position
-    )
-    # Another rank's longest completion may be longer: what is summed has room for any.
-    assert widths == [task.max_completion_length] > [rollout.completion_tokens.shape[1]]
-    variates = control_variates(experience, 3, TASK, final_position)
-    assert not variates.isnan().all()
-    sums = 2 * variate_sums(rollout.rewards, variates, 3).sum(dim=1) + 1
-    everybodys = torch.cat([rollout.rewards, more])
-    expected = variate_advantages(rollout.rewards, variates, 3, "batch", sums, everybodys)
-    torch.testing.assert_close(rollout.advantages, expected, rtol=1e-12, atol=1e-12)

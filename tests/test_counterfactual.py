@@ -1,0 +1,319 @@
+"""Credit for each choice: exact by enumeration for any values, and the values a slow loop's."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minigrpo.counterfactual import (
+    OFFSETS,
+    ChoiceValues,
+    choice_values,
+    hat_functions,
+    interpolated,
+    later_values,
+    num_written,
+    others_plan,
+)
+from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.lqr import QuadraticCost
+from minigrpo.policy import completion_scores, in_chunks, score_logits
+from minigrpo.prompts import Codec, ParsedControls
+from minigrpo.reward import Rewards, RewardWeights, compute_rewards
+from minigrpo.tokenizer import number_tokenizer, token_values
+from minigrpo.transformer import Transformer, TransformerConfig, initialise
+
+PLANT = DoubleIntegrator(horizon=3, control_bound=1.0, start_decimals=1)
+TOKENIZER = number_tokenizer(PLANT, Codec("numbers", 1))
+VOCAB, EOS = len(TOKENIZER), int(TOKENIZER.eos_token_id)
+NUMBERS = token_values(TOKENIZER, VOCAB)
+
+
+def progress(parsed: ParsedControls, flown: Trajectories) -> Rewards:
+    return compute_rewards("progress", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+
+
+def punishment(parsed: ParsedControls, flown: Trajectories) -> Rewards:
+    """Whose malformed text is worth -10."""
+    return compute_rewards("punishment", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+
+
+def token(control: float) -> int:
+    return int((NUMBERS - control).abs().nan_to_num(9.0).argmin())
+
+
+def gradient_by_enumeration(gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Of all groups of two: estimated and true gradient of E[R] of softmax tables.
+
+    Tokens 0 and 1 are controls, 2 is EOS; two controls and EOS are an answer, all else ends the row
+    malformed. Values are random numbers, of the row's past and of all that the other row did;
+    only to stop is worth what the answer is worth.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    logits = (numbers(1 + 3 + 9, 3) / 3).requires_grad_()  # of each history
+    place = {(): 0, **{(a,): 1 + a for a in range(3)}}
+    place |= {(a, b): 4 + 3 * a + b for a, b in itertools.product(range(3), repeat=2)}
+    rows = [(2,), (0, 2), (1, 2)]
+    rows += [(a, b, c) for a, b in itertools.product(range(2), repeat=2) for c in range(3)]
+    worth = {row: 10 * float(numbers()) if len(row) == 3 and row[2] == 2 else 0.0 for row in rows}
+    guess = {
+        (history, other): numbers(2) for history in ((), (0,), (1,)) for other in range(len(rows))
+    }
+    logq = logits.log_softmax(dim=-1)
+
+    def log_probability(row: tuple[int, ...]) -> Tensor:
+        return torch.stack([logq[place[row[:k]], row[k]] for k in range(len(row))]).sum()
+
+    truth = sum(log_probability(row).exp() * worth[row] for row in rows)
+    (exact,) = torch.autograd.grad(truth, logits, retain_graph=True)
+
+    surrogate = torch.zeros((), dtype=torch.float64)
+    for drawn in itertools.product(range(len(rows)), repeat=2):
+        group = [rows[i] for i in drawn]
+        values = torch.zeros(2, 3, 3, dtype=torch.float64)  # the basis is one token each
+        for n, row in enumerate(group):
+            for k in range(len(row)):
+                if k < 2:
+                    values[n, k, :2] = guess[row[:k], drawn[1 - n]]
+                else:
+                    values[n, k, 2] = worth[(*row[:2], 2)]
+        written = torch.tensor([3 if len(r) == 3 and r[2] == 2 else len(r) - 1 for r in group])
+        choices = ChoiceValues(values, torch.eye(3, dtype=torch.float64), written)
+        tokens = torch.tensor([[*row, *[2] * (3 - len(row))] for row in group])
+        beyond = [torch.full((3,), 1 / 3, dtype=torch.float64)] * 3  # whatever: the row has ended
+        q = [
+            torch.stack([*(logq[place[row[:k]]].exp() for k in range(len(row))), *beyond])[:3]
+            for row in group
+        ]
+        expected = (torch.stack(q) * values).sum(dim=-1)
+        later = later_values(choices, tokens, expected.detach(), gae_lambda)
+        probability = sum(log_probability(row) for row in group).exp().detach()
+        for n, row in enumerate(group):
+            for k in range(len(row)):
+                own = expected[n, k] + later[n, k] * logq[place[row[:k]], row[k]]
+                surrogate = surrogate + probability * own / 2
+    (found,) = torch.autograd.grad(surrogate, logits)
+    return found, exact
+
+
+def test_the_gradient_is_that_of_the_expected_reward_by_enumeration_whatever_the_values() -> None:
+    found, exact = gradient_by_enumeration(gae_lambda=1.0)
+    assert exact.abs().max() > 0.1
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+def test_a_smaller_lambda_is_biased_where_the_values_are_wrong() -> None:
+    found, exact = gradient_by_enumeration(gae_lambda=0.7)
+    assert (found - exact).abs().max() > 0.01
+
+
+def test_tokens_that_keep_the_format_are_counted() -> None:
+    one, word = token(0.1), TOKENIZER.convert_tokens_to_ids("velocity")
+    table = [
+        ([one, one, one, EOS, EOS], 4),
+        ([one, one, one, EOS, one], 4),  # after EOS nothing counts
+        ([one, one, one, one, EOS], 3),
+        ([one, EOS, one, EOS, EOS], 1),
+        ([word, one, one, EOS, EOS], 0),
+        ([one, one, word, EOS, EOS], 2),
+    ]
+    rows = torch.tensor([row for row, _ in table])
+    assert num_written(rows, NUMBERS, EOS, 3).tolist() == [count for _, count in table]
+    assert num_written(rows[:, :3], NUMBERS, EOS, 3).tolist() == [3, 3, 3, 1, 0, 2]  # cut off
+
+
+def test_the_plan_of_the_others_is_the_mean_of_the_well_formed_ones() -> None:
+    controls = torch.tensor(
+        [[1.0, 2.0], [3.0, 6.0], [5.0, 4.0], [7.0, 7.0], [8.0, 1.0], [2.0, 3.0]]
+    )
+    whole = torch.tensor([True, True, False, False, True, False])
+    wanted = [[3, 6], [1, 2], [2, 4], [8, 1], [0, 0], [8, 1]]
+    assert others_plan(controls, whole, 3).tolist() == wanted
+
+
+def test_interpolation_and_hat_functions_are_those_of_numpy() -> None:
+    generator = torch.Generator().manual_seed(1)
+    nodes = torch.randn(5, 7, generator=generator, dtype=torch.float64).sort(dim=1).values
+    nodes[1, :3] = nodes[1, 2]  # equal ones, as where the control range ends
+    values = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    at = torch.linspace(-3, 3, 41, dtype=torch.float64)
+    got = interpolated(nodes, values, at)
+    for n in (0, 2, 3, 4):
+        torch.testing.assert_close(
+            got[n], torch.from_numpy(np.interp(at, nodes[n], values[n])), rtol=1e-12, atol=1e-12
+        )
+    beyond = at > nodes[1, 2]
+    after = torch.from_numpy(np.interp(at[beyond], nodes[1, 2:], values[1, 2:]))
+    torch.testing.assert_close(got[1][beyond], after, rtol=1e-12, atol=1e-12)
+    assert got.isfinite().all()
+
+    grid, heights = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.randn(5).double()
+    hats = hat_functions(torch.tensor([-1.0, -0.3, 0.5, 0.99, torch.nan]).double(), grid)
+    assert hats.shape == (5, 6) and not hats[4].any() and not hats[:, 5].any()
+    wanted = np.interp([-1.0, -0.3, 0.5, 0.99], grid, heights)
+    torch.testing.assert_close(
+        hats[:4, :5].double() @ heights, torch.from_numpy(wanted), rtol=1e-6, atol=1e-6
+    )
+
+
+def a_batch(num_groups: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens [N, 5], the second and last rows malformed, and their starts [N, 2]."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (~NUMBERS.isnan()).nonzero().flatten()
+    num_rows = num_groups * size
+    tokens = numbers[torch.randint(len(numbers), (num_rows, 5), generator=generator)]
+    tokens[:, 3:] = EOS
+    tokens[1, 1] = EOS
+    tokens[-1, 3] = numbers[0]
+    starts = torch.rand(num_groups, 2, generator=generator, dtype=torch.float64) - 0.5
+    return tokens, starts.repeat_interleave(size, dim=0)
+
+
+def worth_of(reward, start: Tensor, plan: Tensor) -> float:
+    one = ParsedControls(plan[None], torch.tensor([True]), torch.tensor([3]))
+    return float(reward(one, PLANT.simulate(start[None], plan[None])).total)
+
+
+@pytest.mark.parametrize("reward, malformed", [(progress, 0.0), (punishment, -10.0)])
+def test_values_are_rewards_of_plans_with_one_choice_changed(reward, malformed: float) -> None:
+    size = 3
+    tokens, starts = a_batch(5, size, seed=2)  # two splits
+    choices = choice_values(tokens, NUMBERS, EOS, starts, size, PLANT, reward)
+    written = num_written(tokens, NUMBERS, EOS, 3)
+    assert torch.equal(choices.num_written, written) and written.tolist().count(4) == 13
+    got = torch.einsum("nck,vk->ncv", choices.values, choices.basis).double() + malformed
+    numbers = (~NUMBERS.isnan()).nonzero().flatten().tolist()
+    controls = NUMBERS[tokens[:, :3]].nan_to_num(0.0)
+    for n in range(len(tokens)):
+        group = range(n // size * size, n // size * size + size)
+        mates = [j for j in group if j != n and written[j] == 4]
+        others = controls[mates].mean(dim=0)
+        for k in range(3):
+            if k > written[n]:
+                assert (got[n, k] == malformed).all()
+                continue
+            nodes = (others[k] + torch.tensor(OFFSETS).double() * PLANT.control_bound).clamp(-1, 1)
+            plans = [torch.cat([controls[n, :k], a[None], others[k + 1 :]]) for a in nodes]
+            worths = [worth_of(reward, starts[n], plan) for plan in plans]
+            # The grid of the stored values has every token of this plant on it.
+            wanted = np.interp(NUMBERS[numbers], nodes, worths)
+            torch.testing.assert_close(
+                got[n, k, numbers], torch.from_numpy(wanted), rtol=1e-5, atol=1e-4
+            )
+            words = [v for v in range(VOCAB) if v not in numbers]
+            assert (got[n, k, words] == malformed).all()
+        if written[n] >= 3:
+            assert got[n, 3, EOS] == pytest.approx(
+                worth_of(reward, starts[n], controls[n]), abs=1e-5
+            )
+            assert (got[n, 3, numbers] == malformed).all()
+        assert (got[n, 4] == malformed).all()
+    torch.testing.assert_close(
+        choices.of_tokens(tokens).double() + malformed,
+        got.gather(2, tokens[:, :, None])[:, :, 0],
+        rtol=1e-6,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_what_a_row_chose_at_k_or_later_does_not_touch_its_values_at_k(k: int) -> None:
+    tokens, starts = a_batch(2, 4, seed=3)
+    changed = tokens.clone()
+    changed[5, k:3] = torch.where(tokens[5, k:3] == token(0.7), token(-0.2), token(0.7))
+    before, after = (
+        choice_values(rows, NUMBERS, EOS, starts, 4, PLANT, progress).values
+        for rows in (tokens, changed)
+    )
+    assert torch.equal(before[5, : k + 1], after[5, : k + 1])
+    assert (before[5, k + 1] - after[5, k + 1]).abs().max() > 1e-3
+    assert (before[4] - after[4]).abs().max() > 1e-3  # its neighbour's mean plan
+    assert torch.equal(before[:4], after[:4])
+
+
+def test_a_rollout_of_cut_off_rows_has_values_as_wide_as_it_is() -> None:
+    tokens, starts = a_batch(2, 2, seed=4)
+    choices = choice_values(tokens[:, :2], NUMBERS, EOS, starts, 2, PLANT, progress)
+    assert choices.values.shape[:2] == (4, 2) and choices.values[0, 0].any()
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_later_values_are_a_slow_loops(gae_lambda: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    length = 5
+    values = torch.randn(6, length, 4, generator=generator)
+    basis = torch.randn(7, 4, generator=generator)
+    written = torch.tensor([4, 2, 4, 0, 4, 3])
+    tokens = torch.randint(7, (6, length), generator=generator)
+    expected = torch.randn(6, length, generator=generator)
+    choices = ChoiceValues(values, basis, written)
+    got = later_values(choices, tokens, expected, gae_lambda)
+    sums = torch.zeros(6, length, dtype=torch.float64)
+    for n in range(6):
+        for k in range(length):
+            for j in range(k + 1, min(length, int(written[n]) + 1)):
+                chosen = float(values[n, j - 1] @ basis[tokens[n, j - 1]])
+                sums[n, k] += gae_lambda ** (j - k) * (float(expected[n, j]) - chosen)
+    torch.testing.assert_close(got, sums, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("is_truncated", [False, True])
+def test_the_mean_value_is_over_the_acting_policy_with_its_gradient(
+    temperature: float, is_truncated: bool
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    values = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    basis = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    tokens = torch.tensor([[1, 2, 0], [4, 5, 6]])
+    support = None
+    allowed = torch.ones(2, 3, 7).bool()
+    if is_truncated:
+        support = torch.tensor([[1, 3, 6, -1], [2, 0, -1, -1], [0, 5, 4, 1]]).repeat(2, 1, 1)
+        support[1] = torch.tensor([[4, 0, -1, -1], [5, -1, -1, -1], [6, 2, 3, 1]])
+        allowed = torch.zeros(2, 3, 7).bool()
+        for m, c, s in itertools.product(range(2), range(3), range(4)):
+            if support[m, c, s] >= 0:
+                allowed[m, c, support[m, c, s]] = True
+    got = score_logits(logits, tokens, support, temperature, values, basis)
+    assert got.expected is not None
+    (gradient,) = torch.autograd.grad(got.expected.sum(), logits)
+    for m, c in itertools.product(range(2), range(3)):
+        weights = [
+            math.exp(logits[m, c, a].item() / temperature) * bool(allowed[m, c, a])
+            for a in range(7)
+        ]
+        q = [weight / sum(weights) for weight in weights]
+        worth = [float(values[m, c] @ basis[a]) for a in range(7)]
+        mean = sum(p * w for p, w in zip(q, worth, strict=True))
+        assert got.expected[m, c].item() == pytest.approx(mean, rel=1e-10)
+        for a in range(7):
+            wanted = q[a] * (worth[a] - mean) / temperature
+            assert float(gradient[m, c, a]) == pytest.approx(wanted, abs=1e-12)
+    plain = score_logits(logits, tokens, support, temperature)
+    assert plain.expected is None and torch.equal(plain.logprobs, got.logprobs)
+
+
+def test_the_mean_value_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(TransformerConfig("llama", 11, 16, 24, 2, 2, 2, 8, tied_head=False))
+    initialise(model, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(11, (3, 9), generator=generator)
+    values, basis = torch.randn(3, 5, 4, generator=generator), torch.randn(11, 4)
+    mask = torch.ones(3, 4).bool()
+    whole = completion_scores(model, tokens[:, :4], mask, tokens[:, 4:], None, 1.0, values, basis)
+    assert in_chunks.__module__ == "minigrpo.policy"
+    monkeypatch.setattr("minigrpo.policy.CHUNK_ELEMENTS", 3 * 11 * 2)
+    parts = completion_scores(model, tokens[:, :4], mask, tokens[:, 4:], None, 1.0, values, basis)
+    assert whole.expected is not None and parts.expected is not None
+    torch.testing.assert_close(parts.expected, whole.expected)
+    assert replace(parts, expected=None).expected is None
