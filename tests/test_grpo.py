@@ -959,6 +959,35 @@ def test_wrong_shapes_are_refused_with_expectation_and_got() -> None:
             loss_of(Batch(**{**vars(good), **changed}))
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_expected_values_have_a_gradient_within_the_clip_bounds_and_no_value(
+    aggregation: Aggregation,
+) -> None:
+    batch = uneven_batch()
+    logprobs, old, ref = logprobs_of(batch)
+    expected = torch.where(batch.mask, 3 * random(7, 11, seed=9), math.nan).requires_grad_()
+    denominator = loss_denominator(batch.mask, aggregation, 13)
+    rest = (old, ref, batch.mask, batch.advantages, denominator, 0.2, 0.3, 0.1, aggregation)
+    plain, _ = grpo_loss(logprobs, *rest)
+    loss, metrics = grpo_loss(logprobs, *rest, expected)
+    assert loss.item() == pytest.approx(plain.item(), abs=ROUNDING)
+    assert float(metrics.loss) == pytest.approx(plain.item(), abs=ROUNDING)
+    loss.backward()
+    assert expected.grad is not None
+    num_near = 0
+    for i, length in enumerate(batch.mask.sum(dim=1).tolist()):
+        for t in range(11):
+            ratio = math.exp(float(logprobs[i, t] - old[i, t])) if t < length else math.nan
+            is_near = 0.8 <= ratio <= 1.3
+            num_near += is_near
+            weight = 1 / length if aggregation == "grpo" else 1.0
+            wanted = -weight / float(denominator) if is_near else 0.0
+            assert float(expected.grad[i, t]) == pytest.approx(wanted, abs=ROUNDING)
+    assert 5 < num_near < int(batch.mask.sum()) - 5
+    with pytest.raises(ValueError, match="expected_values must have shape"):
+        grpo_loss(logprobs, *rest, expected[:, :-1])
+
+
 def test_no_argument_is_written_in_place() -> None:
     batch = uneven_batch()
     copies = {name: tensor.clone() for name, tensor in vars(batch).items()}

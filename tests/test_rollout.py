@@ -12,6 +12,7 @@ from minigrpo import rollout as rollout_module
 from minigrpo import update as update_module
 from minigrpo.checkpoint import make_task
 from minigrpo.config import GRPOConfig
+from minigrpo.counterfactual import later_values
 from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
 from minigrpo.double_integrator import DoubleIntegrator, Trajectories
 from minigrpo.lqr import QuadraticCost
@@ -22,6 +23,7 @@ from minigrpo.reward import Rewards
 from minigrpo.rollout import (
     Experience,
     Rollout,
+    choices_of,
     make_rollout,
     minibatches,
     rollout_metrics,
@@ -29,7 +31,7 @@ from minigrpo.rollout import (
 )
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.tokenizer import number_tokenizer
-from minigrpo.transformer import Transformer, TransformerConfig, initialise
+from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 from minigrpo.update import accumulate_gradient, update_policy
 
 HORIZON, PROMPT_LENGTH = 3, 5
@@ -394,3 +396,51 @@ def test_a_rollout_changes_no_weight_and_leaves_no_gradient() -> None:
 def test_a_rollout_with_parts_that_do_not_fit_is_refused(field: str, value: Tensor) -> None:
     with pytest.raises(ValueError, match=f"{field} must have shape"):
         replace(rolled()[0], **{field: value})
+
+
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, monkeypatch) -> None:
+    config = replace(CONFIG, credit="choice", gae_lambda=0.6, advantage_std=std)
+    more = torch.tensor([3.0, -2.0, 5.0], dtype=torch.float64)  # another rank's rewards
+    monkeypatch.setattr(rollout_module, "gather_rows", lambda rows: [rows, [more]])
+    rollout, experience = rolled(config)
+    raw = choices_of(experience, VOCAB, TASK, config, final_position)
+    # The mean over q of every sampled position, by a loop over the vocabulary.
+    tokens, mask = rollout.completion_tokens, rollout.completion_mask
+    everything = torch.cat([rollout.prompt_tokens, tokens[:, :-1]], dim=1)
+    full = torch.cat([rollout.prompt_mask, torch.ones_like(mask[:, :-1])], dim=1)
+    z = a_model()(everything, full, None, logits)[:, PROMPT_LENGTH - 1 :] / config.temperature
+    expected = torch.zeros(mask.shape)
+    for n, c in mask.nonzero().tolist():
+        ids = [i for i in rollout.support[n, c].tolist() if i >= 0]
+        q = z[n, c, ids].softmax(dim=0)
+        expected[n, c] = (q * (raw.values[n, c] * raw.basis[ids]).sum(dim=-1)).sum()
+    later = later_values(raw, tokens, expected, 0.6)
+    rewards = rollout.rewards.reshape(5, 3)
+    scale = {
+        "group": torch.where(rewards.std(dim=1) < 1e-6, 0.0, 1 / (rewards.std(dim=1) + 1e-4)),
+        "batch": (1 / (torch.cat([rollout.rewards, more]).std() + 1e-4)).expand(5),
+        "none": torch.ones(5),
+    }[std].double().repeat_interleave(3)[:, None]  # fmt: skip
+    wanted = torch.where(mask, later * scale, 0.0)
+    got = torch.where(mask, rollout.advantages, 0.0)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4)
+    assert got.abs().max() > 0.1
+    assert rollout.choices is not None and rollout.old_logprobs is None
+    torch.testing.assert_close(
+        rollout.choices.values.double(), raw.values.double() * scale[:, :, None], rtol=1e-5, atol=0
+    )
+    assert rolled(CONFIG)[0].choices is None
+
+
+def test_the_gradient_of_choices_does_not_depend_on_micro_batches_or_minibatch_scoring() -> None:
+    config = replace(CONFIG, credit="choice", micro_batch_size=15)
+    found = []
+    for changed in (config, replace(config, micro_batch_size=2), replace(config, num_epochs=2)):
+        model, rollout = a_model(), rolled(changed)[0]
+        accumulate_gradient(model, rollout, torch.arange(15), changed, 4)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    largest = found[0].abs().max()
+    assert largest > 1e-3
+    for other in found[1:]:
+        assert (other - found[0]).abs().max() < 1e-4 * largest
