@@ -53,6 +53,7 @@ class Workload:
     has_reference: bool = False  # as a second copy
     is_perturbed: bool = False  # SFT under weight noise holds the weights without it
     is_on_cuda: bool = False  # where sampling keeps its tensors, unless the weights are sharded
+    num_nodes: int = 0  # of the values of choices; 0: credit for completions
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def memory_estimate(
     chunk = min(max(CHUNK_ELEMENTS, column), column * work.completion_length)
     # At once: logits, gradients of those gathered; without a support also tempered, in float32.
     logit = 4 * narrow if work.support_size else 5 * 4
-    row = 4 * work.support_size + 32  # of one completion token: support, log-probs, masks
+    logit += 2 * 4 if work.num_nodes else 0  # probabilities of all tokens and their gradient
+    # Of one completion token: support, values of choices, log-probs, masks.
+    row = 4 * (work.support_size + work.num_nodes) + 32
     return MemoryEstimate(
         model={
             "weights": weights // shards,

@@ -99,7 +99,7 @@ def act(
     """Sample, parse, simulate and score G completions for each prompt; `uniforms` None is greedy.
 
     The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees
-    equal rewards (if not control variates, which are many more plans, to the last bit).
+    equal rewards (if not values of choices, which are many more plans, to the last bit).
     """
     device = next(model.parameters()).device
     tokens, mask = prompts.tokens.to(device), prompts.mask.to(device)

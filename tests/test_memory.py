@@ -52,6 +52,11 @@ def loss_of(model: Transformer, prompts: Tensor, completions: Tensor, kind: str)
     support = some_tokens(*completions.shape, 16, high=model.config.vocab_size)
     support[:, :, 0] = completions
     mask = torch.ones_like(prompts, dtype=torch.bool)
+    if kind == "values":  # of choices
+        values, basis = torch.ones(*completions.shape, 9), torch.ones(model.config.vocab_size, 9)
+        scores = completion_scores(model, prompts, mask, completions, None, 1.5, values, basis)
+        assert scores.expected is not None
+        return scores.logprobs.sum() + scores.expected.sum()
     kept = support if kind == "support" else None
     return completion_scores(model, prompts, mask, completions, kept, 1.5).logprobs.sum()
 
@@ -112,6 +117,10 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     assert less.update["at work"] == 3 * 11 * (4 * 32 + 2 * (100 + 4 * 11)) * 5 // 4
     assert less.sampling == got.sampling
 
+    valued = memory_estimate(shape, GRPOConfig(), replace(work, num_nodes=9), num_ranks=2)
+    assert valued.update["support"] == got.update["support"] + 40 * 5 * 4 * 9
+    assert valued.sampling["support"] == got.sampling["support"] + 2 * 40 * 5 * 4 * 9
+
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_on_cuda_kept_graphs_are_counted_beside_the_update(precision: str) -> None:
@@ -153,6 +162,8 @@ def test_parameters_are_counted_without_making_them(shape: TransformerConfig, ta
         (QWEN3, "sft", 4, {"gradient_checkpointing": True, "lora_rank": 4}),
         (QWEN3, "support", 4, {"precision": "bfloat16", "lora_rank": 4}),
         (WIDE, "support", 4, {}),
+        (LLAMA, "values", 4, {}),
+        (WIDE, "values", 4, {}),
         (WIDE, "sft", 4, {"lora_rank": 4, "precision": "bfloat16"}),
     ],
 )
@@ -162,7 +173,10 @@ def test_an_update_takes_what_is_estimated(
     config = SFTConfig(**changes)
     model, length = a_model(shape, config), (60, 20) if shape is LLAMA else (30, 40)
     prompts, completions = (some_tokens(rows, n, high=shape.vocab_size) for n in length)
-    work = Workload(*length, rows, 0, 0, support_size=16 if kind == "support" else 0)
+    support_size, num_nodes = (16 if kind == "support" else 0), (9 if kind == "values" else 0)
+    work = Workload(
+        *length, rows, 0, 0, rows * (kind == "values"), support_size, num_nodes=num_nodes
+    )
     estimate = memory_estimate(shape, config, work)
     with Watch(*model.parameters(), prompts, completions) as watch:
         half = config.precision == "bfloat16"
