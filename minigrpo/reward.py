@@ -102,25 +102,25 @@ def progress_rewards(
     weights: RewardWeights,
 ) -> dict[str, Tensor]:
     """The nine components [N] of the progress reward, float64; 0 for malformed text."""
-    states, controls = trajectories.states.double(), trajectories.controls.double()
-    position, velocity = states.unbind(dim=2)
+    controls = trajectories.controls
+    position, velocity = trajectories.states.unbind(dim=2)
     # Six times faster than norm(dim=2) on time-major memory; [N, T+1]
     distances = (position.square() + velocity.square()).sqrt()
-    initial, final = distances[:, 0], distances[:, -1]  # [N]
+    initial, final = distances[:, 0].double(), distances[:, -1].double()  # [N]
     progress = torch.where(
         initial < 1e-6, (final < 0.1).double(), ((initial - final) / initial).clamp(min=0)
     )
     num_changes = max(1, plant.horizon - 1)  # horizon 1 has none, and its sum is 0
-    mean_change = controls.diff(dim=1).abs().sum(dim=1) / num_changes  # [N]
+    mean_change = controls.diff(dim=1).abs().sum(dim=1).double() / num_changes  # [N]
     violations = _count_violations(parsed, trajectories, plant)
     is_inside = torch.maximum(position.abs(), velocity.abs()) <= plant.state_bound
     share_inside = is_inside.double().mean(dim=1)
     components = {
         "baseline": torch.full_like(final, weights.baseline),
         "progress": weights.progress * progress,
-        "proximity": weights.proximity * torch.exp(-2 * distances.mean(dim=1)),
+        "proximity": weights.proximity * torch.exp(-2 * distances.mean(dim=1).double()),
         "terminal": weights.terminal * torch.exp(-weights.terminal_rate * final),
-        "efficiency": weights.efficiency * torch.exp(-controls.abs().mean(dim=1)),
+        "efficiency": weights.efficiency * torch.exp(-controls.abs().mean(dim=1).double()),
         "smoothness": weights.smoothness * torch.exp(-2 * mean_change),
         "lqr": -weights.lqr * torch.tanh(trajectory_cost(trajectories, cost).double() / 200),
         "constraints": -(weights.constraints * violations).clamp(max=weights.constraints_cap),
