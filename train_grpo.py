@@ -38,7 +38,7 @@ from minigrpo.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from minigrpo.config import GRPOConfig, Value, parse_flags, resolve
+from minigrpo.config import GRPOConfig, Value, check_saved, parse_flags, resolve
 from minigrpo.counterfactual import NUM_NODES
 from minigrpo.data import (
     Prompts,
@@ -179,7 +179,7 @@ def estimate_memory(
         num_prefilled=max(validated, together),
         num_rows=num_rows,
         support_size=config.support_size if config.top_p < 1 else 0,
-        num_nodes=NUM_NODES + 1 if config.credit == "choice" else 0,
+        num_nodes=NUM_NODES + 2 if config.credit == "choice" else 0,
         has_reference=config.kl_beta > 0 and not config.lora_rank,
         is_on_cuda=is_on_cuda,
     )
@@ -215,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse_flags(GRPOConfig, arguments)
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
+    if saved is not None:
+        check_saved(GRPOConfig, saved)
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
     if Path(str(init)).resolve() == save_dir.resolve():
         raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")

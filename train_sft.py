@@ -29,7 +29,7 @@ from minigrpo.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from minigrpo.config import SFTConfig, Value, parse_flags, resolve
+from minigrpo.config import SFTConfig, Value, check_saved, parse_flags, resolve
 from minigrpo.data import (
     SFTBatch,
     Task,
@@ -150,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse_flags(SFTConfig, arguments)
     save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
+    if saved is not None:
+        check_saved(SFTConfig, saved)
     named = given.get("preset") or (saved or {}).get("preset")
     preset = str(named or ("pretrained" if given.get("model") else "tiny"))
     resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)

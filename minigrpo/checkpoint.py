@@ -371,10 +371,11 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
     """Keep a batch whose gradient was not finite, each rank its rows, to look into it."""
     folder = run_folder / "skipped"
     folder.mkdir(exist_ok=True)
+    parts = vars(batch).copy()
+    if (choices := parts.pop("choices", None)) is not None:
+        parts |= {f"choices.{name}": value for name, value in vars(choices).items()}
     tensors = {
-        name: value.cpu().contiguous()
-        for name, value in vars(batch).items()
-        if isinstance(value, Tensor)
+        name: value.cpu().contiguous() for name, value in parts.items() if isinstance(value, Tensor)
     }
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
 

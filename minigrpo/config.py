@@ -268,7 +268,7 @@ class GRPOConfig(RunSettings):
         "(needs one token a control)",
         choices=("completion", "choice"),
     )
-    gae_lambda: float = flag(
+    credit_lambda: float = flag(
         0.7,
         "with credit choice: how much of what a plan did later is laid to a control, less for each "
         "step between; 1 is unbiased",
@@ -300,6 +300,9 @@ class GRPOConfig(RunSettings):
             raise ValueError(f"measure_signal must be 0 or at least 3, got {self.measure_signal}")
         if self.measure_signal and self.resume:
             raise ValueError("measure_signal and resume must not both be given: it looks at --init")
+        if self.credit == "choice" and self.advantage_std == "group":
+            # It bounds deviations of the same four rewards, but not what other choices are worth.
+            raise ValueError("advantage_std must be batch or none with credit choice, got group")
         if self.measure_signal and self.parallel != "ddp":
             raise ValueError(f"parallel must be ddp with measure_signal, got {self.parallel}")
 
@@ -450,6 +453,19 @@ def resolve(
         sources["save_dir"] = "environment"
     _check_types(kind, values)
     return Resolved(kind(**values), sources)
+
+
+def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:
+    """ValueError if a run was saved by another version: today's defaults would change it."""
+    names = {item.name for item in dataclasses.fields(kind)}
+    lacking = sorted(names - set(saved) - set(OF_ONE_PROCESS))
+    unknown = sorted(set(saved) - names)
+    if lacking or unknown:
+        raise ValueError(
+            f"the saved run must have the settings of this version, it lacks {lacking or 'none'} "
+            f"and has {unknown or 'none'} besides: resume it with the commit in its "
+            "provenance.json, or start anew"
+        )
 
 
 def _check_types(kind: type[Settings], values: dict[str, Value]) -> None:

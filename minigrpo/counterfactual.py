@@ -1,8 +1,8 @@
 """Credit for each control: the policy gradient over every choice there was, not the drawn one only.
 
 One reward for fifty controls is a noisy teacher; a simulator can say what any other choice would
-have done. With u the controls that a row wrote, v the mean plan of its group's others, and h_k what
-precedes choice k, of T + 1 choices:
+have done. With u the controls that a row wrote, v the mean plan of the group's other well-formed
+rows (0 if there are none), and h_k what precedes choice k, of T + 1 choices:
 
     W_k(a) = R(u_0 ... u_{k-1}, a, v_{k+1} ... v_{T-1})    k < T, a a control
     W_T(EOS) = R(u_0 ... u_{T-1})                          to stop, once all controls are written
@@ -14,12 +14,15 @@ precedes choice k, of T + 1 choices:
 
 The first term is exact in the choice (all actions: Sutton et al. 2001; expected policy gradients,
 1706.05374), with the counterfactual value of COMA (1705.08926), which here is computed and not
-learned. The second says what the row itself did later, and lambda is that of GAE (1506.02438):
-with lambda = 1 the sum is R - w_k minus terms w_j - e_j of mean 0, and the gradient that of E[R],
-exactly, whatever W is. A smaller lambda forgets what lies far behind k, bias for variance: W takes
-later controls from v, which does not react to u_k.
+learned. The second says what the row itself did later. With lambda = 1, F_k is R - w_k minus terms
+w_j - e_j of mean 0, and the gradient that of E[R], exactly, for any W that depends on nothing which
+the row chose at k or later and is the reward itself for the choice that ends a row. It is so at the
+weights that sampled, for fixed supports and before the division by s and by the number of tokens,
+as for any policy gradient here. A smaller lambda forgets what lies far behind k, bias for variance,
+since W takes later controls from v, which does not react to u_k; lambda = 0 is the first term
+alone. (Q(lambda) and Retrace, 1606.02647, sum the same residuals with lambda^(j-k-1).)
 
-N rows = P groups of G   T horizon   C completion length   V vocabulary   K nodes of the values
+N rows = P groups of G   T horizon   C completion length   V vocabulary   K columns of the values
 """
 
 from __future__ import annotations
@@ -36,32 +39,36 @@ from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards
 from minigrpo.shapes import check_shapes
 
-# W_k is simulated at v_k plus these shares of the control bound, and is linear in between.
+# W_k is simulated at v_k plus these shares of the control bound, 0 among them, and drawn linearly
+# between; then stored on a grid over the control range, where it is drawn linearly again.
 OFFSETS = (-2.0, -0.4, -0.1, -0.03, 0.0, 0.03, 0.1, 0.4, 2.0)
-NUM_NODES = 61  # of the grid over the control range on which it is then stored
+NUM_NODES = 61
 
 
 @dataclass(frozen=True)
 class ChoiceValues:
-    """What each token would have been worth at each position of each row, in float32.
+    """What each token would have been worth at each position of each row.
 
-    W_k(a) - R(malformed text) = values[n, k] . basis[a]: piecewise linear in the number of a; the
-    last column is EOS. 0 for words, and everywhere after the first token that broke the format.
+    W_k(a) = level[n, k] + values[n, k] . basis[a]. The level is W_k(v_k), and R(u) at EOS; without
+    it values are a few points, which products of low precision don't spoil. Columns of the basis:
+    NUM_NODES nodes of the control, EOS, all other words. All 0 after the end of a row.
     """
 
-    values: Tensor  # [N, C, K]
-    basis: Tensor  # [V, K]
+    values: Tensor  # [N, C, K] float32
+    level: Tensor  # [N, C] float64
+    basis: Tensor  # [V, K] float32
     num_written: Tensor  # [N] int64, tokens before the one that broke the format, T + 1: none did
 
     def __post_init__(self) -> None:
         check_shapes(
             values=(self.values, "N C K"),
+            level=(self.level, "N C"),
             basis=(self.basis, "V K"),
             num_written=(self.num_written, "N"),
         )
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
-        """Those of one token a position: [N, C] -> [N, C]."""
+        """values . basis of one token a position: [N, C] -> [N, C]."""
         return (self.values * self.basis[tokens]).sum(dim=-1)
 
 
@@ -111,21 +118,29 @@ def choice_values(
     malformed = worth(controls[:1], initial_states[:1], is_valid=False)
     grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=tokens.device)
     offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=tokens.device)
-    values = torch.zeros(len(tokens), max(length, horizon + 1), NUM_NODES + 1, device=tokens.device)
+    width = max(length, horizon + 1)
+    values = torch.zeros(len(tokens), width, NUM_NODES + 2, device=tokens.device)
+    level = initial_states.new_zeros(len(tokens), width)
     every_row = torch.arange(len(tokens), device=tokens.device)
-    for rows in torch.split(every_row, 1024 if tokens.is_cuda else 32):  # a CPU's cache holds few
+    for rows in torch.split(every_row, 128 if tokens.is_cuda else 32):  # a CPU's cache holds few
         nodes = (rearrange(others[rows], "n k -> n k 1") + offsets).clamp(-bound, bound)
         # In float32, for half the time: the error is 1e-4 of a reward point.
         plans = changed_plans(controls[rows].float(), others[rows].float(), nodes.float())
         starts = repeat(initial_states[rows].float(), "n c -> (n k a) c", k=horizon, a=len(offsets))
         worths = worth(rearrange(plans, "n k a t -> (n k a) t"), starts)
         worths = rearrange(worths, "(n k a) -> n k a", k=horizon, a=len(offsets))
-        values[rows, :horizon, :-1] = (interpolated(nodes, worths, grid) - malformed).float()
-    values[:, horizon, -1] = (worth(controls, initial_states) - malformed).float()
-    values[torch.arange(values.shape[1], device=tokens.device) > rearrange(written, "n -> n 1")] = 0
-    basis = hat_functions(token_values, grid)
-    basis[eos, -1] = 1.0
-    return ChoiceValues(values[:, :length], basis, written)
+        level[rows, :horizon] = worths[:, :, OFFSETS.index(0.0)]
+        worths = worths - rearrange(level[rows, :horizon], "n k -> n k 1")
+        values[rows, :horizon, :NUM_NODES] = interpolated(nodes, worths, grid).float()
+    level[:, horizon] = worth(controls, initial_states)
+    values[..., NUM_NODES:] = rearrange(malformed - level, "n c -> n c 1").float()
+    values[:, horizon, :NUM_NODES] = values[:, horizon, NUM_NODES + 1 :]  # one control too many
+    values[:, horizon, NUM_NODES] = 0.0
+    last = rearrange(written.clamp(max=horizon), "n -> n 1")
+    is_over = torch.arange(width, device=tokens.device) > last
+    values[is_over], level[is_over] = 0.0, 0.0
+    basis = token_basis(token_values, grid, eos)
+    return ChoiceValues(values[:, :length], level[:, :length], basis, written)
 
 
 def changed_plans(controls: Tensor, others: Tensor, nodes: Tensor) -> Tensor:
@@ -148,30 +163,33 @@ def interpolated(nodes: Tensor, values: Tensor, at: Tensor) -> Tensor:
     return torch.lerp(values.gather(-1, right - 1), values.gather(-1, right), share)
 
 
-def hat_functions(token_values: Tensor, grid: Tensor) -> Tensor:
-    """Weights of the two nodes that a token's number lies between, 0 for words: [V, K + 1]."""
+def token_basis(token_values: Tensor, grid: Tensor, eos: int) -> Tensor:
+    """Weights of the two nodes that a token's number lies between, of EOS, of a word: [V, K]."""
     distance = (rearrange(token_values, "v -> v 1") - grid).abs() / (grid[1] - grid[0])
     hats = (1 - distance).clamp(min=0).nan_to_num(0.0).float()
-    return torch.cat([hats, torch.zeros_like(hats[:, :1])], dim=1)
+    is_eos = torch.arange(len(token_values), device=token_values.device) == eos
+    is_word = token_values.isnan() & ~is_eos
+    return torch.cat([hats, torch.stack([is_eos, is_word], dim=1).float()], dim=1)
 
 
 def later_values(
-    choices: ChoiceValues, tokens: Tensor, expected: Tensor, gae_lambda: float
+    choices: ChoiceValues, tokens: Tensor, expected: Tensor, credit_lambda: float
 ) -> Tensor:
     """F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), what a row did later, beyond what W says.
 
-    tokens, expected e [N, C] -> [N, C] float64. j ends at the choice that broke the format; after
-    it F is 0. Nothing is subtracted: the mean over other rows, whose values see this row's plan,
-    would depend on what it chose, and that over other groups makes no difference to the variance.
+    tokens [N, C]; expected [N, C], the mean of values . basis under q, so e is level + expected;
+    -> [N, C] float64. j ends at the choice that broke the format; after it F is 0. Nothing is
+    subtracted: the mean over the group's other rows, whose values see this row's plan, would depend
+    on what it chose.
     """
     sizes = check_shapes(tokens=(tokens, "N C"), expected=(expected, "N C"))
     place = torch.arange(sizes["C"], device=tokens.device)
     exists = place <= rearrange(choices.num_written, "n -> n 1")  # [N, C]
-    chosen = choices.of_tokens(tokens).double()
+    chosen = choices.level + choices.of_tokens(tokens)
     change = torch.zeros_like(chosen)
-    change[:, 1:] = expected[:, 1:] - chosen[:, :-1]
+    change[:, 1:] = (choices.level + expected)[:, 1:] - chosen[:, :-1]
     change = torch.where(exists, change, 0.0)
     later = torch.zeros_like(change)
     for k in range(sizes["C"] - 2, -1, -1):
-        later[:, k] = gae_lambda * (change[:, k + 1] + later[:, k + 1])
+        later[:, k] = credit_lambda * (change[:, k + 1] + later[:, k + 1])
     return torch.where(exists, later, 0.0)

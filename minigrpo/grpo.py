@@ -4,7 +4,9 @@
     r_it  = exp(logprobs - old_logprobs)                exactly 1 on the first update
     l_it  = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                policy_loss
     kl_it = r (exp(x) - x - 1),  x = ref_logprobs - logprobs               reference_kl
-    loss  = sum_it w_it (l_it + kl_beta kl_it) / denominator               grpo_loss
+    loss  = sum_it w_it (l_it - g_it + kl_beta kl_it) / denominator        grpo_loss
+    g_it  = sum_a q(a) W(a) where r is within the clip bounds, 0 in value  with credit for choices:
+            then A in l_it is of what came after the choice (counterfactual.py)
 
     dapo      w = mask             denominator = active tokens
     grpo      w = mask / length_i  denominator = rows
@@ -23,6 +25,8 @@ Deviations from DeepSeekMath (2402.03300):
 - The default is a token mean over the step (dapo), not a mean per sequence; `grpo` restores it.
 - Sample standard deviation plus 1e-4; a group whose rewards span less than 1e-6 gets exactly 0.
 - Two clip bounds instead of one, and a kl_beta of 0.01 by default, where 0 loads no reference.
+- With credit for choices a token's gradient is over all tokens there were, and its own term stops
+  where the ratio of the drawn one leaves the clip bounds, on either side and in either direction.
 - The log ratio is clamped to +-20 before exp; a clamped token is counted, its policy gradient 0.
 """
 
@@ -54,6 +58,7 @@ class LossMetrics:
     num_clip_low: Tensor  # the clip binds, A < 0
     num_clip_high: Tensor  # the clip binds, A > 0
     num_clamped: Tensor  # abs(log ratio) > 20
+    num_far: Tensor  # the ratio is beyond a clip bound, whatever A
     ref_kl: Tensor  # sum of r k3, KL(current, ref): the penalty; 0 without a reference
     approx_kl: Tensor  # sum of k3, KL(old, current): the drift
     ratio_sum: Tensor
@@ -61,7 +66,7 @@ class LossMetrics:
     ratio_max: Tensor
 
     def vector(self) -> Tensor:
-        """The fields in order, [11]: one tensor to gather; `LossMetrics(*vector)` goes back."""
+        """The fields in order, [12]: one tensor to gather; `LossMetrics(*vector)` goes back."""
         return torch.stack(list(vars(self).values()))
 
 
@@ -89,15 +94,17 @@ def group_advantages(
 def advantage_scale(
     rewards: Tensor, group_size: int, advantage_std: AdvantageStd, batch_rewards: Tensor | None
 ) -> Tensor:
-    """1 / (s + 1e-4) of each group, [N] -> [P]; `group`: 0 for equal rewards; `none`: 1."""
+    """1 / (s + 1e-4) of each group, 0 for equal rewards; `none`: 1; [N] -> [P]."""
     constant = constant_groups(rewards, group_size)
     groups = rearrange(rewards.double(), "(p g) -> p g", g=group_size)
     match advantage_std:
         case "group":
             return torch.where(constant, 0.0, 1 / (groups.std(dim=1) + STD_EPSILON))
         case "batch":
-            everything = rewards if batch_rewards is None else batch_rewards
-            return 1 / (everything.double().std() + STD_EPSILON).expand(len(groups))
+            everything = (rewards if batch_rewards is None else batch_rewards).double()
+            differs = everything.amax() - everything.amin() >= CONSTANT_SPAN
+            scale = torch.where(differs, 1 / (everything.std() + STD_EPSILON), 0.0)
+            return scale.expand(len(groups))
         case "none":
             return groups.new_ones(len(groups))
 
@@ -186,9 +193,9 @@ def grpo_loss(
     log_ratio = logprobs - old  # [M, C], 0 outside the mask
     ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
     per_token = policy_loss(ratio, advantages, clip_eps_low, clip_eps_high)
+    is_near = (ratio >= 1.0 - clip_eps_low) & (ratio <= 1.0 + clip_eps_high)  # [M, C]
     if expected_values is not None:
         _require_shape("expected_values", expected_values, M=rows, C=width)
-        is_near = (ratio >= 1.0 - clip_eps_low) & (ratio <= 1.0 + clip_eps_high)
         expected = torch.where(mask & is_near, expected_values, 0.0)
         per_token = per_token - (expected - expected.detach())
     policy_part = (weights * per_token).sum()
@@ -207,6 +214,7 @@ def grpo_loss(
             num_clip_low=clip_low.sum().double(),
             num_clip_high=clip_high.sum().double(),
             num_clamped=(log_ratio.abs() > MAX_EXPONENT).sum().double(),
+            num_far=(mask & ~is_near).sum().double(),
             ref_kl=kl.sum(dtype=torch.float64),
             approx_kl=k3_divergence(old, logprobs).sum(dtype=torch.float64),
             ratio_sum=torch.where(mask, ratio, 0.0).sum(dtype=torch.float64),
@@ -278,7 +286,7 @@ def k3_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 def merge_metrics(parts: Sequence[LossMetrics]) -> LossMetrics:
     """Those of several micro-batches, ranks or optimizer steps as one."""
-    rows = torch.stack([part.vector() for part in parts])  # [parts, 11]
+    rows = torch.stack([part.vector() for part in parts])  # [parts, 12]
     extremes = [rows[:, -2].amin(), rows[:, -1].amax()]
     return LossMetrics(*rows[:, :-2].sum(dim=0).unbind(), *extremes)
 
@@ -297,6 +305,7 @@ def loss_report(metrics: LossMetrics, num_steps: int) -> dict[str, float]:
         "loss/clip_fraction_low": low,
         "loss/clip_fraction_high": high,
         "loss/num_clamped": total["num_clamped"],
+        "loss/frac_far": total["num_far"] / tokens,
         "loss/ratio_mean": total["ratio_sum"] / tokens,
         "loss/ratio_min": total["ratio_min"],
         "loss/ratio_max": total["ratio_max"],

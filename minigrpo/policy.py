@@ -196,6 +196,8 @@ class TokenScores:
 
     def __post_init__(self) -> None:
         check_shapes(logprobs=(self.logprobs, "M C"), entropy=(self.entropy, "M C"))
+        if self.expected is not None:
+            check_shapes(logprobs=(self.logprobs, "M C"), expected=(self.expected, "M C"))
 
 
 def score_logits(

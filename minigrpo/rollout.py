@@ -82,8 +82,11 @@ class Rollout:
             rewards=(self.rewards, "N"),
             advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
+            **({} if self.choices is None else {"values": (self.choices.values, "N C K")}),
             **{name: (value, shape) for name, (value, shape) in named.items() if value is not None},
         )
+        if (self.choices is None) != (self.advantages.ndim == 1):
+            raise ValueError("advantages must have shape [N, C] with choices, and [N] without")
 
 
 def act(
@@ -229,7 +232,7 @@ def make_rollout(
         scale = advantage_scale(total, config.group_size, std, everybodys)
         scale = repeat(scale, "p -> (p g) 1", g=config.group_size).to(device)
         advantages = scale * later_values(
-            choices, completions.tokens, expected, config.gae_lambda
+            choices, completions.tokens, expected, config.credit_lambda
         )  # [N, C]
         in_units = choices.values * rearrange(scale.float(), "n 1 -> n 1 1")
         choices = replace(choices, values=in_units)
@@ -263,7 +266,7 @@ def choices_of(
 ) -> ChoiceValues:
     """`counterfactual.choice_values` of an experience, on the model's device."""
     tokens = experience.completions.tokens
-    return choice_values(
+    choices = choice_values(
         tokens,
         token_values(task.tokenizer, vocab_size).to(tokens.device),
         int(task.tokenizer.eos_token_id),
@@ -272,6 +275,10 @@ def choices_of(
         task.plant,
         reward,
     )
+    is_whole = choices.num_written.cpu() > task.plant.horizon
+    if not torch.equal(is_whole, experience.parsed.is_valid):
+        raise ValueError("tokens and text must agree on what is well-formed: one token a control")
+    return choices
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:
@@ -317,7 +324,14 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
 def sample_records(
     prompts: Prompts, experience: Experience, rollout: Rollout, num_prompts: int = 2
 ) -> list[SampleRecord]:
-    """The first prompts with all their completions, components, advantages: for samples.jsonl."""
+    """The first prompts with all their completions, components, advantages: for samples.jsonl.
+
+    With credit for choices a row has no advantage of its own; then it is what `group_advantages`
+    makes of the rewards.
+    """
+    advantages = rollout.advantages
+    if rollout.choices is not None:
+        advantages = group_advantages(rollout.rewards, rollout.group_size, "group")
     records: list[SampleRecord] = []
     for p in range(min(num_prompts, len(prompts.texts))):
         rows = range(p * rollout.group_size, (p + 1) * rollout.group_size)
@@ -329,7 +343,7 @@ def sample_records(
                 "components": {
                     name: float(v[n]) for name, v in experience.rewards.components.items()
                 },
-                "advantage": float(rollout.advantages[n].mean()),
+                "advantage": float(advantages[n]),
             }
             for n in rows
         ]

@@ -174,7 +174,7 @@ def warnings_of(metrics: dict[str, float], config: GRPOConfig, step: int) -> lis
     if config.precision == "float32" and not metrics["rollout/logprob_gap_max"] <= limit:
         gap = f"{metrics['rollout/logprob_gap_max']:.1e} nats"
         found.append(f"sampled and recomputed log-probs differ by {gap}: these are two policies")
-    if metrics["rollout/frac_zero_std_groups"] == 1:
+    if metrics["rollout/frac_zero_std_groups"] == 1 and config.credit == "completion":
         found.append("every group has equal rewards: no gradient. Raise temperature or group_size")
     if metrics["rollout/frac_truncated"] > 0.05:
         share = f"{metrics['rollout/frac_truncated']:.0%} of the completions never stopped"

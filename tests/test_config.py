@@ -18,6 +18,7 @@ from minigrpo.config import (
     Settings,
     SFTConfig,
     Value,
+    check_saved,
     parse_flags,
     resolve,
 )
@@ -217,7 +218,9 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
         edges = [limits[key] for key in ("at_least", "at_most") if limits[key] is not None]
         for value in [*edges, *(choices if isinstance(choices, tuple) else ())]:
             assert isinstance(value, int | float | str)
-            assert getattr(resolve(kind, {name: value}, "tiny").config, name) == value
+            # With credit for choices, the preset, one of the divisors is refused.
+            more = {"credit": "completion"} if name == "advantage_std" else {}
+            assert getattr(resolve(kind, {name: value, **more}, "tiny").config, name) == value
 
 
 @pytest.mark.parametrize(
@@ -283,3 +286,20 @@ def fields_read(kind: type[Settings]) -> set[str]:
 def test_every_field_is_read_by_somebody(kind: type[Settings]) -> None:
     declared = {item.name for item in dataclasses.fields(kind)}
     assert declared - fields_read(kind) == set()
+
+
+def test_a_run_saved_by_another_version_is_refused() -> None:
+    saved = dataclasses.asdict(GRPOConfig())
+    check_saved(GRPOConfig, saved)
+    check_saved(GRPOConfig, {k: v for k, v in saved.items() if k != "save_dir"})
+    del saved["credit"]
+    with pytest.raises(ValueError, match=r"it lacks \['credit'\] and has none besides: resume"):
+        check_saved(GRPOConfig, saved)
+    saved = dataclasses.asdict(GRPOConfig()) | {"control_variate": "none"}
+    with pytest.raises(ValueError, match=r"it lacks none and has \['control_variate'\] besides"):
+        check_saved(GRPOConfig, saved)
+
+
+def test_choices_are_not_divided_by_the_spread_of_their_group() -> None:
+    with pytest.raises(ValueError, match="advantage_std must be batch or none with credit choice"):
+        GRPOConfig(credit="choice", advantage_std="group")

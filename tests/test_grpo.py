@@ -900,6 +900,7 @@ def test_metrics_are_counted_as_in_a_loop() -> None:
         "loss/clip_fraction_low": sides.count("low") / 40,
         "loss/clip_fraction_high": sides.count("high") / 40,
         "loss/num_clamped": 0.0,
+        "loss/frac_far": sum(not 0.8 <= ratio <= 1.28 for ratio in ratios) / 40,
         "loss/ratio_mean": sum(ratios) / 40,
         "loss/ratio_min": min(ratios),
         "loss/ratio_max": max(ratios),

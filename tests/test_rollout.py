@@ -398,9 +398,9 @@ def test_a_rollout_with_parts_that_do_not_fit_is_refused(field: str, value: Tens
         replace(rolled()[0], **{field: value})
 
 
-@pytest.mark.parametrize("std", ["group", "batch", "none"])
+@pytest.mark.parametrize("std", ["batch", "none"])
 def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, monkeypatch) -> None:
-    config = replace(CONFIG, credit="choice", gae_lambda=0.6, advantage_std=std)
+    config = replace(CONFIG, credit="choice", credit_lambda=0.6, advantage_std=std)
     more = torch.tensor([3.0, -2.0, 5.0], dtype=torch.float64)  # another rank's rewards
     monkeypatch.setattr(rollout_module, "gather_rows", lambda rows: [rows, [more]])
     rollout, experience = rolled(config)
@@ -416,9 +416,7 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
         q = z[n, c, ids].softmax(dim=0)
         expected[n, c] = (q * (raw.values[n, c] * raw.basis[ids]).sum(dim=-1)).sum()
     later = later_values(raw, tokens, expected, 0.6)
-    rewards = rollout.rewards.reshape(5, 3)
     scale = {
-        "group": torch.where(rewards.std(dim=1) < 1e-6, 0.0, 1 / (rewards.std(dim=1) + 1e-4)),
         "batch": (1 / (torch.cat([rollout.rewards, more]).std() + 1e-4)).expand(5),
         "none": torch.ones(5),
     }[std].double().repeat_interleave(3)[:, None]  # fmt: skip
@@ -434,7 +432,7 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
 
 
 def test_the_gradient_of_choices_does_not_depend_on_micro_batches_or_minibatch_scoring() -> None:
-    config = replace(CONFIG, credit="choice", micro_batch_size=15)
+    config = replace(CONFIG, credit="choice", advantage_std="batch", micro_batch_size=15)
     found = []
     for changed in (config, replace(config, micro_batch_size=2), replace(config, num_epochs=2)):
         model, rollout = a_model(), rolled(changed)[0]
@@ -444,3 +442,24 @@ def test_the_gradient_of_choices_does_not_depend_on_micro_batches_or_minibatch_s
     assert largest > 1e-3
     for other in found[1:]:
         assert (other - found[0]).abs().max() < 1e-4 * largest
+
+
+def test_choices_without_credit_for_each_token_and_texts_of_other_tokens_are_refused() -> None:
+    config = replace(CONFIG, credit="choice", advantage_std="batch")
+    rollout, experience = rolled(config)
+    with pytest.raises(ValueError, match=r"advantages must have shape \[N, C\] with choices"):
+        replace(rollout, advantages=rollout.rewards)
+    with pytest.raises(ValueError, match=r"advantages must have shape \[N, C\] with choices"):
+        replace(rollout, choices=None)
+    parsed = replace(experience.parsed, is_valid=~experience.parsed.is_valid)
+    with pytest.raises(ValueError, match="must agree on what is well-formed"):
+        choices_of(replace(experience, parsed=parsed), VOCAB, TASK, config, final_position)
+
+
+def test_a_sample_with_choices_shows_what_its_reward_is_worth_in_its_group() -> None:
+    rollout, experience = rolled(replace(CONFIG, credit="choice", advantage_std="batch"))
+    (record,) = sample_records(chosen_prompts([0]), experience, rollout)
+    rewards = rollout.rewards[:3]
+    wanted = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    shown = [one["advantage"] for one in record["completions"]]
+    assert shown == pytest.approx(wanted.tolist())

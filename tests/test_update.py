@@ -14,6 +14,7 @@ from torch import Tensor
 import train_grpo
 from minigrpo import update
 from minigrpo.config import GRPOConfig
+from minigrpo.counterfactual import ChoiceValues
 from minigrpo.grpo import group_advantages
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy, completion_scores
@@ -38,7 +39,11 @@ def a_model(vocab: int = VOCAB, seed: int = 1) -> Transformer:
     return model
 
 
-def a_rollout(dtype: torch.dtype = torch.float64, **changes: Tensor | None) -> Rollout:
+def a_rollout(
+    dtype: torch.dtype = torch.float64,
+    choices: ChoiceValues | None = None,
+    **changes: Tensor | None,
+) -> Rollout:
     """Prompts and completions of mixed length; what lies outside of the masks is garbage."""
     generator, num_rows = torch.Generator().manual_seed(2), PROMPTS * GROUP
     shape = (num_rows, LONGEST)
@@ -65,7 +70,7 @@ def a_rollout(dtype: torch.dtype = torch.float64, **changes: Tensor | None) -> R
         "advantages": group_advantages(rewards, GROUP, "group"),
         "prompt_places": torch.arange(PROMPTS),
     }
-    return Rollout(**parts | changes, group_size=GROUP)
+    return Rollout(**parts | changes, group_size=GROUP, choices=choices)
 
 
 def slow_logprobs(model: Transformer, rollout: Rollout, temperature: float) -> list[list[Tensor]]:
@@ -136,6 +141,47 @@ def test_the_first_gradient_is_that_of_reinforce(aggregation: str, with_referenc
         )
         got = gradient_by(changed, config)
         assert (got - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("is_truncated", [False, True])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
+    aggregation: str, is_truncated: bool
+) -> None:
+    """grad = - sum w (grad sum_a q(a) values . basis[a] near the old policy + A r grad log q)."""
+    generator = torch.Generator().manual_seed(7)
+    values = torch.randn(15, LONGEST, 4, generator=generator, dtype=torch.float64)
+    basis = torch.randn(VOCAB, 4, generator=generator, dtype=torch.float64)
+    level, advantages = torch.randn(2, 15, LONGEST, generator=generator, dtype=torch.float64)
+    choices = ChoiceValues(values, level, basis, torch.full((15,), LONGEST))
+    rollout = a_rollout(advantages=advantages, choices=choices)
+    if not is_truncated:
+        rollout = replace(rollout, support=None)
+    every = [list(range(VOCAB))] * LONGEST
+    model, scale = a_model().double(), {"dapo": int(rollout.completion_mask.sum()), "grpo": 15}
+    drift = 0.3 * torch.randn(15, LONGEST, generator=generator, dtype=torch.float64)
+    loss, old, num_near = torch.zeros(()).double(), torch.full((15, LONGEST), math.nan).double(), 0
+    for n, length in enumerate(rollout.completion_mask.sum(dim=1).tolist()):
+        prompt = rollout.prompt_tokens[n][rollout.prompt_mask[n]]
+        taken = rollout.completion_tokens[n, :length]
+        z = model(torch.cat([prompt, taken])[None], None, None, logits)[0] / CONFIG.temperature
+        supports = every if rollout.support is None else rollout.support[n].tolist()
+        for t, token in enumerate(taken.tolist()):
+            ids = [i for i in supports[t] if i >= 0]
+            q = z[len(prompt) + t - 1][ids].softmax(dim=0)
+            logq = q[ids.index(token)].log()
+            old[n, t] = logq.detach() + drift[n, t]
+            ratio = (logq - old[n, t]).exp()
+            a = advantages[n, t]
+            gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            if 0.8 <= float(ratio.detach()) <= 1.2:
+                gain, num_near = gain + (q * (basis[ids] @ values[n, t])).sum(), num_near + 1
+            weight = 1 / length if aggregation == "grpo" else 1.0
+            loss = loss - weight * gain / scale.get(aggregation, 15 * ALLOWED)
+    assert 10 < num_near < int(rollout.completion_mask.sum()) - 10
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    got = gradient_by(replace(rollout, old_logprobs=old), replace(CONFIG, aggregation=aggregation))
+    assert (got - wanted).abs().max() < 1e-10 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
