@@ -388,7 +388,9 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     assert all(torch.equal(before[name], after[name]) for name in before)
     saved = sorted((folder / "skipped").iterdir())
     assert len(saved) == 3 * num_ranks
-    assert load_file(saved[-1])["advantages"].isnan().all()
+    batch = load_file(saved[-1])
+    assert batch["advantages"].isnan().all()
+    assert batch["choices.values"].shape[:2] == batch["advantages"].shape
 
 
 def spoil_loss(of_rank: int) -> None:
