@@ -104,7 +104,7 @@ STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_completion": "--credit completion",
-    "strong": f"{STRONG} |",
+    "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
 LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
