@@ -6,8 +6,14 @@ The CPU is the oracle, in float32 with exact products. Skipped where there is no
 import pytest
 import torch
 
+from minigrpo.counterfactual import choice_values, later_values
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.prompts import Codec
+from minigrpo.reward import RewardWeights, compute_rewards
 from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -129,3 +135,27 @@ def test_in_bfloat16_the_sampler_and_the_scorer_are_one_policy_within_rounding()
     gap = (scores.logprobs - done.sampling_logprobs)[done.mask].detach().abs()
     assert gap.mean() < 0.01
     assert gap.quantile(0.99) < 0.06
+
+
+def test_values_of_choices_are_those_of_the_cpu():
+    plant, codec = DoubleIntegrator(horizon=7), Codec()
+    tokenizer = number_tokenizer(plant, codec)
+    numbers, eos = token_values(tokenizer, len(tokenizer)), int(tokenizer.eos_token_id)
+    generator = torch.Generator().manual_seed(3)
+    allowed = (~numbers.isnan()).nonzero().flatten()
+    tokens = allowed[torch.randint(len(allowed), (300, 9), generator=generator)]
+    tokens[:, 7:] = eos
+    tokens[5, 2] = eos
+    starts = torch.rand(300, 2, generator=generator, dtype=torch.float64) - 0.5
+
+    def reward(parsed, flown):
+        return compute_rewards("progress", parsed, flown, plant, QuadraticCost(), RewardWeights())
+
+    found = []
+    for device in ("cpu", "cuda"):
+        rows = tokens.to(device)
+        choices = choice_values(rows, numbers.to(device), eos, starts.to(device), 3, plant, reward)
+        expected = choices.values.mean(dim=2)
+        found.append([*vars(choices).values(), later_values(choices, rows, expected, 0.7)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-3)
