@@ -3,7 +3,8 @@
     1  draw P starts and write their prompts               data.training_starts, data.make_prompts
     2  sample G completions of each                        sampling.sample_completions
     3  read the controls, simulate, score                  rollout.act
-    4  compare each reward with its group's                grpo.group_advantages
+    4  compare each reward with its group's, or each       grpo.group_advantages
+       control with all others there were                  counterfactual.choice_values
     5  log-probs of what was sampled: now, then, reference policy.completion_scores
     6  clipped objective and KL, summed over a minibatch   grpo.grpo_loss
     7  one AdamW step for each minibatch                   update.update_policy
