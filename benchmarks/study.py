@@ -78,7 +78,7 @@ SHORT_ARMS = {
     "full_softmax_temperature_1": "--top-p 0.9",
     "completion_std_group": "--credit completion --advantage-std group",
     "std_none": "--advantage-std none --max-grad-norm 10",
-    "kl_0.01": "--kl-beta 0.01",
+    "kl_0": "--kl-beta 0",
     "kl_0.1": "--kl-beta 0.1",
     "group_2": "--group-size 2 --prompts-per-step 512",
     "group_8": "--group-size 8 --prompts-per-step 128",
@@ -104,7 +104,7 @@ STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_completion": "--credit completion",
-    "default_kl_0.01": "--kl-beta 0.01 --steps 200",
+    "default_no_kl": "--kl-beta 0 --steps 160",
     "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
@@ -231,7 +231,7 @@ def main_table() -> str:
     rows.append(("SFT, sampled at temperature 0.5", cold))
     for name, policy, title in (
         ("default_completion", "grpo", "GRPO with credit for completions"),
-        ("default_kl_0.01", "grpo", "GRPO with a KL term of weight 0.01, 200 steps"),
+        ("default_no_kl", "grpo", "GRPO without a KL term, 160 steps"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
         ("strong_again", "grpo", "140 more steps of it"),

@@ -359,8 +359,6 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "final_norm_rate": 20.0,
         "clip_eps_low": 0.1,
         "clip_eps_high": 0.1,
-        "kl_beta": 0.0,
-        "steps": 160,
     },
     ("pretrained", SFTConfig): {
         "learning_rate": 2e-5,
