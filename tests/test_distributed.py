@@ -346,10 +346,17 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_same_logs(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    """float32 rounds differently in batches of other shapes, and the updates carry that on."""
+    """float32 rounds differently in batches of other shapes, and the updates carry that on.
+
+    A ratio next to a clip bound may be on the other side of it: shares of tokens may differ by one.
+    """
     assert [sorted(line) for line in got] == [sorted(line) for line in expected]
     for line, wanted in zip(got, expected, strict=True):
-        assert line == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
+        near = {name: 1e-5 for name in wanted}
+        one = 1.01 / wanted.get("rollout/num_tokens", 1e9)
+        near |= {name: one for name in wanted if "clip_fraction" in name or "frac_far" in name}
+        for name, value in wanted.items():
+            assert line[name] == pytest.approx(value, rel=1e-3, abs=near[name], nan_ok=True), name
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,13 @@ def test_the_evaluation_takes_codec_and_prompt_from_the_checkpoint(
     evaluate.main(["--model-path", str(sft), "--num-cases", "4", "--skip-mpc", "--device=cpu"])
     assert json.loads((sft / "evaluation" / "evaluation.json").read_text())["num_cases"] == 4
     with pytest.raises(ValueError, match=r"^credit must be completion with codec style words"):
-        flags = ["--save-dir", str(tmp_path / "grpo"), "--credit=choice", *GRPO]
+        flags = [
+            "--save-dir",
+            str(tmp_path / "grpo"),
+            "--credit=choice",
+            "--advantage-std=batch",
+            *GRPO,
+        ]
         train_grpo.main(["--init", str(sft), *flags])
     assert not (tmp_path / "grpo").exists()
     manifest = json.loads((sft / "minigrpo.json").read_text())
