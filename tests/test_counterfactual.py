@@ -207,6 +207,7 @@ def test_values_are_rewards_of_plans_with_one_choice_changed(reward, malformed: 
             nodes = (others[k] + torch.tensor(OFFSETS).double() * PLANT.control_bound).clamp(-1, 1)
             plans = [torch.cat([controls[n, :k], a[None], others[k + 1 :]]) for a in nodes]
             worths = [worth_of(reward, starts[n], plan) for plan in plans]
+            assert float(choices.level[n, k]) == pytest.approx(worths[OFFSETS.index(0.0)], abs=1e-4)
             # The grid of the stored values has every token of this plant on it.
             wanted = np.interp(NUMBERS[numbers], nodes, worths)
             torch.testing.assert_close(
