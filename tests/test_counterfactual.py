@@ -374,7 +374,7 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
         exact = reward(written, plant.simulate(starts[n].repeat(31, 1), changed)).total
         errors.append((got[n, k, places] - exact).abs().mean())
         sizes.append(exact.std())
-    assert torch.stack(errors).mean() < 0.25 * torch.stack(sizes).mean()
+    assert torch.stack(errors).mean() < 0.1 * torch.stack(sizes).mean()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -21,6 +21,7 @@ from minigrpo.grpo import (
     AdvantageStd,
     Aggregation,
     LossMetrics,
+    advantage_scale,
     clip_binds,
     constant_groups,
     group_advantages,
@@ -307,6 +308,11 @@ def test_one_malformed_row_decides_its_group() -> None:
     alone = group_advantages(valid, 15, "group")
     shrink = (advantages[:-1].max() - advantages[:-1].min()) / (alone.max() - alone.min())
     assert shrink.item() == pytest.approx(5 / 28.41, abs=1e-3)
+
+
+def test_a_rollout_of_equal_rewards_is_multiplied_by_0_and_not_by_10000() -> None:
+    for std in ("group", "batch"):
+        assert not advantage_scale(torch.full((6,), 0.1), 3, std, None).any()
 
 
 def test_std_batch_counts_the_rewards_of_all_ranks() -> None:
