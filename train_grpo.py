@@ -40,7 +40,7 @@ from minigrpo.checkpoint import (
     saved_config,
 )
 from minigrpo.config import GRPOConfig, Value, check_saved, parse_flags, resolve
-from minigrpo.counterfactual import NUM_NODES
+from minigrpo.counterfactual import NUM_COLUMNS
 from minigrpo.data import (
     Prompts,
     Task,
@@ -180,7 +180,7 @@ def estimate_memory(
         num_prefilled=max(validated, together),
         num_rows=num_rows,
         support_size=config.support_size if config.top_p < 1 else 0,
-        num_nodes=NUM_NODES + 2 if config.credit == "choice" else 0,
+        num_nodes=NUM_COLUMNS if config.credit == "choice" else 0,
         has_reference=config.kl_beta > 0 and not config.lora_rank,
         is_on_cuda=is_on_cuda,
     )

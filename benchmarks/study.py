@@ -50,7 +50,7 @@ CURVE = (
     "update/learning_rate",
 )
 SHORT = "--steps 40 --prompts-per-step 256 --save-every 40 --eval-every 20"
-# Each at least a third of the processor time of GRPO's 200 steps, on CPUs 3,500 to 6,000 of these.
+# Each about a third of the processor time of GRPO's 200 steps, on CPUs 3,500 to 6,000 of these.
 MORE_SFT_STEPS = 6000
 MORE_SFT = {
     "1e-3": "--learning-rate 1e-3",

@@ -301,7 +301,7 @@ class GRPOConfig(RunSettings):
         if self.measure_signal and self.resume:
             raise ValueError("measure_signal and resume must not both be given: it looks at --init")
         if self.credit == "choice" and self.advantage_std == "group":
-            # It bounds deviations of the same four rewards, but not what other choices are worth.
+            # 1 / s bounds the deviations that s is made of, not what other choices are worth.
             raise ValueError("advantage_std must be batch or none with credit choice, got group")
         if self.measure_signal and self.parallel != "ddp":
             raise ValueError(f"parallel must be ddp with measure_signal, got {self.parallel}")

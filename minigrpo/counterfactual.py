@@ -43,6 +43,7 @@ from minigrpo.shapes import check_shapes
 # between; then stored on a grid over the control range, where it is drawn linearly again.
 OFFSETS = (-2.0, -0.4, -0.1, -0.03, 0.0, 0.03, 0.1, 0.4, 2.0)
 NUM_NODES = 61
+NUM_COLUMNS = NUM_NODES + 2  # of the basis: nodes, EOS, any other word
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def choice_values(
     grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=tokens.device)
     offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=tokens.device)
     width = max(length, horizon + 1)
-    values = torch.zeros(len(tokens), width, NUM_NODES + 2, device=tokens.device)
+    values = torch.zeros(len(tokens), width, NUM_COLUMNS, device=tokens.device)
     level = initial_states.new_zeros(len(tokens), width)
     every_row = torch.arange(len(tokens), device=tokens.device)
     for rows in torch.split(every_row, 128 if tokens.is_cuda else 32):  # a CPU's cache holds few

@@ -222,6 +222,8 @@ def score_logits(
             finite = logq.clamp(min=torch.finfo(logq.dtype).min)
             entropy = -(F.softmax(logq, dim=-1) * finite).sum(dim=-1)
         taken = logq.gather(-1, places).sum(dim=-1)  # of one: fully_shard wants no view
+        if values is None or basis is None:
+            return TokenScores(taken, entropy)
         return TokenScores(taken, entropy, _mean_value(logq.exp(), values, basis))
     # One gather for both: each has a backward pass that fills [M, C, V] with zeros.
     ids = torch.cat([places, support.long()], dim=-1)  # [M, C, 1 + S]
@@ -232,19 +234,17 @@ def score_logits(
     with torch.no_grad():
         weight = torch.exp(inside - rearrange(norm, "m c -> m c 1"))
         entropy = norm - (weight * inside.clamp(min=torch.finfo(inside.dtype).min)).sum(dim=-1)
-    expected = None
-    if values is not None:
-        q = torch.exp(inside - rearrange(norm, "m c -> m c 1"))  # 0 on filler
-        everywhere = torch.zeros_like(logits, dtype=q.dtype)
-        q = everywhere.scatter_add(-1, support.long().clamp(min=0), q)
-        expected = _mean_value(q, values, basis)
-    return TokenScores(rearrange(taken, "m c 1 -> m c") - norm, entropy, expected)
-
-
-def _mean_value(q: Tensor, values: Tensor | None, basis: Tensor | None) -> Tensor | None:
-    """sum_a q(a) values . basis[a]: [M, C, V], [M, C, K], [V, K] -> [M, C]."""
+    logq = rearrange(taken, "m c 1 -> m c") - norm
     if values is None or basis is None:
-        return None
+        return TokenScores(logq, entropy)
+    q = torch.exp(inside - rearrange(norm, "m c -> m c 1"))  # 0 on filler
+    everywhere = torch.zeros_like(logits, dtype=q.dtype)
+    q = everywhere.scatter_add(-1, support.long().clamp(min=0), q)
+    return TokenScores(logq, entropy, _mean_value(q, values, basis))
+
+
+def _mean_value(q: Tensor, values: Tensor, basis: Tensor) -> Tensor:
+    """sum_a q(a) values . basis[a]: [M, C, V], [M, C, K], [V, K] -> [M, C]."""
     return (q @ basis.to(q.dtype) * values).sum(dim=-1)
 
 

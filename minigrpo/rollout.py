@@ -225,19 +225,9 @@ def make_rollout(
                 ref = score_rows(
                     reference, tokens, mask, completions, config.temperature, micro
                 ).logprobs
-    total = experience.rewards.total
-    everybodys = torch.cat([rewards[0] for rewards in gather_rows([total])])
-    std = cast(AdvantageStd, config.advantage_std)
-    if choices is not None and expected is not None:
-        scale = advantage_scale(total, config.group_size, std, everybodys)
-        scale = repeat(scale, "p -> (p g) 1", g=config.group_size).to(device)
-        advantages = scale * later_values(
-            choices, completions.tokens, expected, config.credit_lambda
-        )  # [N, C]
-        in_units = choices.values * rearrange(scale.float(), "n 1 -> n 1 1")
-        choices = replace(choices, values=in_units)
-    else:
-        advantages = group_advantages(total, config.group_size, std, everybodys)  # [N]
+    advantages, choices = credited(
+        experience.rewards.total, completions.tokens, choices, expected, config
+    )
     rollout = Rollout(
         prompt_tokens=tokens,
         prompt_mask=mask,
@@ -247,7 +237,7 @@ def make_rollout(
         sampling_logprobs=completions.sampling_logprobs,
         old_logprobs=old,
         ref_logprobs=ref,
-        rewards=total,
+        rewards=experience.rewards.total,
         advantages=advantages,
         prompt_places=prompt_places,
         group_size=config.group_size,
@@ -255,6 +245,28 @@ def make_rollout(
     )
     seconds = {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
     return rollout, experience, seconds
+
+
+def credited(
+    rewards: Tensor,
+    tokens: Tensor,
+    choices: ChoiceValues | None,
+    expected: Tensor | None,
+    config: GRPOConfig,
+) -> tuple[Tensor, ChoiceValues | None]:
+    """Advantages [N], or with choices [N, C] and the values, all in units of `advantage_std`.
+
+    rewards [N], tokens and expected [N, C]; the rewards of all ranks count for the unit.
+    """
+    everybodys = torch.cat([rows[0] for rows in gather_rows([rewards])])
+    std = cast(AdvantageStd, config.advantage_std)
+    if choices is None or expected is None:
+        return group_advantages(rewards, config.group_size, std, everybodys), None
+    scale = advantage_scale(rewards, config.group_size, std, everybodys)
+    scale = repeat(scale, "p -> (p g) 1", g=config.group_size).to(tokens.device)
+    later = later_values(choices, tokens, expected, config.credit_lambda)
+    in_units = choices.values * rearrange(scale.float(), "n 1 -> n 1 1")
+    return scale * later, replace(choices, values=in_units)
 
 
 def choices_of(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import train_grpo
+import train_sft
 from minigrpo.config import (
     OF_ONE_PROCESS,
     PRESETS,
@@ -298,6 +300,14 @@ def test_a_run_saved_by_another_version_is_refused() -> None:
     saved = dataclasses.asdict(GRPOConfig()) | {"control_variate": "none"}
     with pytest.raises(ValueError, match=r"it lacks none and has \['control_variate'\] besides"):
         check_saved(GRPOConfig, saved)
+
+
+@pytest.mark.parametrize("trainer, kind", [(train_grpo, GRPOConfig), (train_sft, SFTConfig)])
+def test_both_trainers_refuse_to_resume_it(trainer, kind, monkeypatch, tmp_path) -> None:
+    saved = dataclasses.asdict(kind()) | {"control_variate": "none"}
+    monkeypatch.setattr(trainer, "saved_config", lambda folder: saved)
+    with pytest.raises(ValueError, match="the saved run must have the settings of this version"):
+        trainer.main(["--save-dir", str(tmp_path / "run"), "--resume"])
 
 
 def test_choices_are_not_divided_by_the_spread_of_their_group() -> None:
