@@ -28,18 +28,11 @@ from tqdm import tqdm
 
 from minigrpo.checkpoint import (
     Manifest,
-    is_best,
-    latest_checkpoint,
     load_task,
-    load_trainer,
-    prune_checkpoints,
-    publish_model,
-    published,
     save_batch,
-    save_checkpoint,
     saved_config,
 )
-from minigrpo.config import GRPOConfig, Value, check_saved, parse_flags, resolve
+from minigrpo.config import GRPOConfig, Resolved, Value, check_saved, parse_flags, resolve
 from minigrpo.counterfactual import NUM_COLUMNS
 from minigrpo.data import (
     Prompts,
@@ -50,9 +43,6 @@ from minigrpo.data import (
     training_starts,
 )
 from minigrpo.distributed import (
-    any_rank,
-    check_equal_weights,
-    gathered,
     local_world_size,
     place_model,
     process_group,
@@ -60,14 +50,13 @@ from minigrpo.distributed import (
     world_size,
 )
 from minigrpo.double_integrator import Trajectories
-from minigrpo.evaluation import DECODED_ROWS, validation_metrics
+from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import (
     adamw,
     cosine_learning_rate,
-    has_converged,
     linear,
     plateau_factor,
 )
@@ -75,6 +64,7 @@ from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
 from minigrpo.runs import StopSignal, open_run, run_command
+from minigrpo.training import Training
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
 
@@ -211,8 +201,23 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
             print(signal_table(gradient_signal(gradients, rows)))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the flags say; see --help."""
+def schedules(
+    config: GRPOConfig, task: Task, step: int, training: Training
+) -> tuple[GRPOConfig, float, Callable[[ParsedControls, Trajectories], Rewards]]:
+    """Settings of the acting policy, learning rate and reward of one step."""
+    acting = config
+    if config.final_temperature:
+        ends = config.temperature, config.final_temperature
+        acting = replace(config, temperature=linear(step, config.steps - 1, *ends))
+    rate = cosine_learning_rate(step, config.steps, config.learning_rate, config.warmup_steps)
+    rate *= plateau_factor(training.column("reward/total"), config.plateau_patience)
+    return acting, rate, reward_function(config, task, training.column("rollout/final_error"))
+
+
+def settings(
+    arguments: Sequence[str] | None,
+) -> tuple[Resolved[GRPOConfig], TransformerConfig, Task, Manifest]:
+    """What the flags, the saved run and the folder of --init say; and that they agree."""
     given = parse_flags(GRPOConfig, arguments)
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
@@ -226,16 +231,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
-    config = resolved.config
-    if config.credit == "choice" and task.codec.style != "numbers":
+    if resolved.config.credit == "choice" and task.codec.style != "numbers":
         raise ValueError(
             "credit must be completion with codec style words, where a control is many tokens"
         )
+    return resolved, shape, task, origin
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the flags say; see --help."""
+    resolved, shape, task, origin = settings(arguments)
+    config, folder = resolved.config, Path(resolved.config.save_dir)
     torch.set_float32_matmul_precision(config.matmul_precision)
     if config.measure_signal:
         measure_signal(build(config), config, task)
         return
-    folder = Path(config.save_dir)
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
@@ -244,74 +254,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_batch(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
-        manifest = Manifest(
-            "grpo",
-            origin.preset,
-            task.plant,
-            task.cost,
-            task.codec,
-            vars(config).copy(),
-            resolved.sources,
-        )
-        model = build(config)
-        reference = None
+        model, reference = build(config), None
         if config.kl_beta > 0:  # with adapters it is the same model, seen without them
             reference = model if config.lora_rank else load_transformer(Path(config.init))
             reference.is_fused = config.fuse
         for placed in dict.fromkeys([model, reference or model]):
             place_model(placed, placed.blocks, device, config.parallel)
+        betas = 0.9, config.adam_beta2
         optimizer = adamw(
-            model,
-            config.learning_rate,
-            (0.9, config.adam_beta2),
-            config.weight_decay,
-            config.final_norm_rate,
+            model, config.learning_rate, betas, config.weight_decay, config.final_norm_rate
         )
-        start = latest_checkpoint(folder) if config.resume else None
-        done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
-        run.record_attempt(vars(config), device)
-        split = split_starts(task.plant)
-        validation = split.validation[: config.eval_cases]
-        if rank() == 0:
-            print(resolved.table())
-            print(memory)
-            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
-            print(f"device {device}, {world_size()} rank(s), {sizes}")
-            print(batch_arithmetic(config))
-
-        def evaluate(step: int) -> dict[str, float]:
-            with gathered(model):
-                metrics = validation_metrics(model, validation, task, config.seed)
-            if is_best(folder, metrics["eval/greedy_reward"]):
-                publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
-            return metrics
-
-        run.start(done if start else -1, config.steps)
-        if start:
-            history = run.history()
-        else:
-            history = [evaluate(0)]
-            run.log(0, history[0])
-        stopped, last, num_skipped = False, False, 0
-
-        def column(name: str) -> list[float]:
-            return [row[name] for row in history if name in row]
-
-        def converged() -> bool:
-            return has_converged(column("eval/greedy_reward"), config.stop_patience)
-
-        remaining = range(0) if converged() else range(done, config.steps)  # not into more steps
-        for step in remaining:
+        manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
+        training = Training(
+            run, stop, config, manifest, task, model, optimizer, device, config.stop_patience
+        )
+        training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
+        starts, num_skipped = split_starts(task.plant).training, 0
+        for step in training.steps():
             began = time.perf_counter()
-            acting = config
-            if config.final_temperature:
-                ends = config.temperature, config.final_temperature
-                acting = replace(config, temperature=linear(step, config.steps - 1, *ends))
-            rate = cosine_learning_rate(
-                step, config.steps, config.learning_rate, config.warmup_steps
-            ) * plateau_factor(column("reward/total"), config.plateau_patience)
-            reward = reward_function(config, task, column("rollout/final_error"))
-            prompts, places = prompts_of_step(split.training, config, task, step)
+            acting, rate, reward = schedules(config, task, step, training)
+            prompts, places = prompts_of_step(starts, config, task, step)
             rollout, experience, seconds = make_rollout(
                 model, reference, prompts, places, acting, task, reward
             )
@@ -325,33 +287,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run.log_text(breakdown_line(experience.rewards, 0), *warnings_of(metrics, config, step))
             for record in sample_records(prompts, experience, rollout):
                 run.log_sample(step + 1, record)
-            num_skipped = update.skipped_in_a_row(num_skipped)
             if update.num_skipped:
                 save_batch(folder, step + 1, rollout)
-            last = step + 1 == config.steps
-            stopped = any_rank(stop.requested())
-            if last or (step + 1) % config.eval_every == 0:
-                metrics |= evaluate(step + 1)
-            run.log(step + 1, metrics)
-            history.append(metrics)
-            last = last or converged()
-            if num_skipped >= MAX_SKIPPED_IN_A_ROW:
-                raise FloatingPointError(
-                    f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
-                    f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
-                )
-            if config.sync_check and (step + 1) % config.sync_check == 0:
-                check_equal_weights(model)
-            if last or stopped or (step + 1) % config.save_every == 0:
-                save_checkpoint(
-                    folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}
-                )
-                prune_checkpoints(folder, config.keep_last)
-            if stopped or last:
-                break
-        run.finish("stopped" if stopped and not last else "finished")
-        if rank() == 0 and (best := published(folder)):
-            print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
+            num_skipped = update.skipped_in_a_row(num_skipped)
+            is_failure = num_skipped >= MAX_SKIPPED_IN_A_ROW
+            training.end_step(
+                metrics,
+                f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
+                f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
+                if is_failure
+                else "",
+            )
+        training.finish()
 
 
 if __name__ == "__main__":

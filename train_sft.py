@@ -18,18 +18,11 @@ from torch import Tensor
 
 from minigrpo.checkpoint import (
     Manifest,
-    is_best,
-    latest_checkpoint,
-    load_trainer,
     make_task,
-    prune_checkpoints,
-    publish_model,
-    published,
     save_batch,
-    save_checkpoint,
     saved_config,
 )
-from minigrpo.config import SFTConfig, Value, check_saved, parse_flags, resolve
+from minigrpo.config import Resolved, SFTConfig, Value, check_saved, parse_flags, resolve
 from minigrpo.data import (
     SFTBatch,
     Task,
@@ -40,9 +33,6 @@ from minigrpo.data import (
     split_starts,
 )
 from minigrpo.distributed import (
-    any_rank,
-    check_equal_weights,
-    gathered,
     local_world_size,
     place_model,
     process_group,
@@ -50,7 +40,7 @@ from minigrpo.distributed import (
     world_size,
 )
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.evaluation import DECODED_ROWS, validation_metrics
+from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
@@ -59,6 +49,7 @@ from minigrpo.prompts import Codec
 from minigrpo.runs import StopSignal, open_run, run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
+from minigrpo.training import Training
 from minigrpo.transformer import (
     Transformer,
     TransformerConfig,
@@ -145,8 +136,8 @@ def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -
     return data.rows(torch.from_numpy(chosen[rank() :: world_size()]))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the flags say; see --help."""
+def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
+    """What the flags and the saved run say; and that it fits together."""
     given = parse_flags(SFTConfig, arguments)
     save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
@@ -171,8 +162,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"
         )
+    return resolved
+
+
+def training_data(config: SFTConfig, task: Task) -> SFTBatch:
+    """The fixed demonstrations of this seed."""
+    training, plant = split_starts(task.plant).training, task.plant
+    order = keyed_generator(config.seed, "demonstrations").permutation(len(training))
+    starts = training[torch.from_numpy(order[: config.num_demonstrations])]
+    noise = None
+    if config.demonstration_noise > 0:
+        size = config.demonstration_noise
+        noise = disturbances(len(starts), plant.horizon, size, config.seed)
+    return demonstrations(starts, task, noise)
+
+
+def label_smoothing(config: SFTConfig, task: Task, vocab_size: int) -> Tensor | None:
+    """`sft.smoothing_matrix`, None for sharp labels."""
+    if config.smoothing_width == 0 or task.codec.style != "numbers":
+        return None
+    values = token_values(task.tokenizer, vocab_size)
+    return smoothing_matrix(values, config.smoothing_width).float()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the flags say; see --help."""
+    resolved = settings(arguments)
+    config, folder = resolved.config, Path(resolved.config.save_dir)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    folder = Path(config.save_dir)
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
@@ -181,57 +198,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape, task, weights = describe(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
-        manifest = Manifest(
-            "sft",
-            config.preset,
-            task.plant,
-            task.cost,
-            task.codec,
-            vars(config).copy(),
-            resolved.sources,
-        )
         model = build(shape, task, weights, config)
         place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
-        start = latest_checkpoint(folder) if config.resume else None
-        done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
-        run.record_attempt(vars(config), device)
-        split = split_starts(task.plant)
-        order = keyed_generator(config.seed, "demonstrations").permutation(len(split.training))
-        starts = split.training[torch.from_numpy(order[: config.num_demonstrations])]
-        scale, horizon = config.demonstration_noise, task.plant.horizon
-        noise = disturbances(len(starts), horizon, scale, config.seed) if scale > 0 else None
-        data = demonstrations(starts, task, noise)
-        validation = split.validation[: config.eval_cases]
-        smoothing: Tensor | None = None
-        if config.smoothing_width > 0 and task.codec.style == "numbers":
-            values = token_values(task.tokenizer, model.config.vocab_size)
-            smoothing = smoothing_matrix(values, config.smoothing_width).float().to(device)
-        if rank() == 0:
-            print(resolved.table())
-            print(memory)
-            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
-            print(f"device {device}, {world_size()} rank(s), {sizes}")
-            epochs = config.steps * config.batch_size / config.num_demonstrations
-            print(
-                f"{config.num_demonstrations} demonstrations, {config.steps} steps of "
-                f"{config.batch_size} = {epochs:.0f} epochs"
-            )
-
-        def evaluate(step: int) -> dict[str, float]:
-            with gathered(model):
-                metrics = validation_metrics(model, validation, task, config.seed)
-            if is_best(folder, metrics["eval/greedy_reward"]):
-                publish_model(folder, model, task, manifest, step, metrics["eval/greedy_reward"])
-            return metrics
-
-        run.start(done if start else -1, config.steps)
-        if not start:
-            run.log(0, evaluate(0))
-        stopped = False
-        for step in range(done, config.steps):
+        manifest = Manifest.of_run("sft", config.preset, task, resolved)
+        training = Training(run, stop, config, manifest, task, model, optimizer, device)
+        count, epochs = config.num_demonstrations, config.steps * config.batch_size
+        plan = f"{count} demonstrations, {config.steps} steps of {config.batch_size}"
+        training.describe([resolved.table(), str(memory), f"{plan} = {epochs / count:.0f} epochs"])
+        data = training_data(config, task)
+        smoothing = label_smoothing(config, task, shape.vocab_size)
+        smoothing = None if smoothing is None else smoothing.to(device)
+        for step in training.steps():
             began = time.perf_counter()
             rate = cosine_learning_rate(
                 step, config.steps, config.learning_rate, config.warmup_steps
@@ -239,29 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
             metrics = supervised_step(model, optimizer, batch, smoothing, config, step, rate)
             metrics["time/step_s"] = time.perf_counter() - began
+            failure = ""
             if not math.isfinite(metrics["update/grad_norm"]):
                 save_batch(folder, step + 1, batch)
-                raise FloatingPointError(
+                failure = (
                     f"the gradient of step {step + 1} is not finite and was not applied; its batch "
                     f"is in {folder / 'skipped'}; lower learning_rate, then --resume"
                 )
-            last = step + 1 == config.steps
-            stopped = any_rank(stop.requested())
-            if last or (step + 1) % config.eval_every == 0:
-                metrics |= evaluate(step + 1)
-            run.log(step + 1, metrics)
-            if config.sync_check and (step + 1) % config.sync_check == 0:
-                check_equal_weights(model)
-            if last or stopped or (step + 1) % config.save_every == 0:
-                save_checkpoint(
-                    folder, step + 1, model, optimizer, task, manifest, {"step": step + 1}
-                )
-                prune_checkpoints(folder, config.keep_last)
-            if stopped:
-                break
-        run.finish("stopped" if stopped and step + 1 < config.steps else "finished")
-        if rank() == 0 and (best := published(folder)):
-            print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
+            training.end_step(metrics, failure)
+        training.finish()
 
 
 if __name__ == "__main__":

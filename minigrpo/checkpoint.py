@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
-from minigrpo.config import Value
+from minigrpo.config import GRPOConfig, Resolved, SFTConfig, Value
 from minigrpo.data import SFTBatch, Task
 from minigrpo.distributed import any_rank, cut_like, max_over_ranks, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
@@ -46,6 +46,7 @@ from minigrpo.transformer import (
     to_hugging_face,
 )
 
+SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 ADAPTER = "adapter."
@@ -62,6 +63,14 @@ class Manifest:
     codec: Codec
     config: dict[str, Value]  # resolved settings of the run
     sources: dict[str, str]  # where each of them came from
+
+    @classmethod
+    def of_run(
+        cls, stage: Literal["sft", "grpo"], preset: str, task: Task, resolved: Resolved[SomeConfig]
+    ) -> Manifest:
+        """That of a model which a run with these settings trains for this task."""
+        settings = vars(resolved.config).copy()
+        return cls(stage, preset, task.plant, task.cost, task.codec, settings, resolved.sources)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -421,9 +421,11 @@ def test_each_sign_of_failure_is_told_alone(metric: str, value: float, told: str
 def test_rounding_to_bfloat16_is_no_reason_to_warn() -> None:
     gap = HEALTHY | {"rollout/logprob_gap_max": 0.05}
     assert warnings_of(gap, GRPOConfig(matmul_precision="highest"), 0)
-    assert not warnings_of(gap, GRPOConfig(matmul_precision="medium"), 0)
+    assert not warnings_of(gap, GRPOConfig(matmul_precision="high"), 0)
     assert not warnings_of(gap, GRPOConfig(precision="bfloat16", matmul_precision="highest"), 0)
-    assert warnings_of(gap | {"rollout/logprob_gap_max": 0.2}, GRPOConfig(), 0)
+    large = gap | {"rollout/logprob_gap_max": 0.2}
+    assert warnings_of(large, GRPOConfig(matmul_precision="high"), 0)
+    assert not warnings_of(large, GRPOConfig(matmul_precision="medium"), 0)
 
 
 def play(model: Transformer, worth: Callable[[Tensor], Tensor], num_steps: int) -> float:

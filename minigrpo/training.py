@@ -1,0 +1,130 @@
+"""What both trainers do around their steps: begin or resume, evaluate, publish, log, save, stop.
+
+training = Training(...)            published start, or the state of the newest checkpoint
+for step in training.steps():
+    metrics = ...                   the trainer's own work, the only thing that differs
+    training.end_step(metrics)
+training.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from minigrpo.checkpoint import (
+    Manifest,
+    is_best,
+    latest_checkpoint,
+    load_trainer,
+    prune_checkpoints,
+    publish_model,
+    published,
+    save_checkpoint,
+)
+from minigrpo.config import GRPOConfig, SFTConfig
+from minigrpo.data import Task, split_starts
+from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, world_size
+from minigrpo.evaluation import validation_metrics
+from minigrpo.optim import has_converged
+from minigrpo.runs import RunFolder, StopSignal
+from minigrpo.transformer import Transformer
+
+
+class Training:
+    """A run in progress. Every method is called on every rank, at the same step."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        stop: StopSignal,
+        config: SFTConfig | GRPOConfig,
+        manifest: Manifest,
+        task: Task,
+        model: Transformer,
+        optimizer: Optimizer,
+        device: torch.device,
+        stop_patience: int = 0,
+    ):
+        self.run, self.stop, self.config, self.manifest, self.task = (
+            run, stop, config, manifest, task,
+        )  # fmt: skip
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.num_steps, self.stop_patience = config.steps, stop_patience
+        start = latest_checkpoint(run.folder) if config.resume else None
+        self.is_resumed, self.is_stopped = start is not None, False
+        self.done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
+        self.history: list[dict[str, float]] = []  # metrics of step 0, 1, ...
+        run.record_attempt(vars(config), device)
+
+    def describe(self, lines: Sequence[str]) -> None:
+        """Print what will be done, before the first step."""
+        if rank() == 0:
+            model = self.model
+            sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
+            print(*lines, f"device {self.device}, {world_size()} rank(s), {sizes}", sep="\n")
+
+    def column(self, name: str) -> list[float]:
+        """One metric of the steps so far that have it, in order."""
+        return [row[name] for row in self.history if name in row]
+
+    def steps(self) -> Iterator[int]:
+        """The number of finished steps before each step, until the last, a stop or convergence."""
+        self.run.start(self.done if self.is_resumed else -1, self.num_steps)
+        if self.is_resumed:
+            self.history = self.run.history()
+        else:
+            self.history.append(self._evaluate())
+            self.run.log(0, self.history[0])
+        while not (self.is_stopped or self.is_finished()):
+            yield self.done
+
+    def is_finished(self) -> bool:
+        """Were all steps done, or did the evaluations converge?"""
+        return self.done >= self.num_steps or has_converged(
+            self.column("eval/greedy_reward"), self.stop_patience
+        )
+
+    def end_step(self, metrics: Mapping[str, float], failure: str = "") -> None:
+        """Evaluate and log; save where it is due. FloatingPointError if the step was a failure:
+        logged, but nothing of it is saved.
+        """
+        self.done += 1
+        metrics = dict(metrics)
+        self.is_stopped = any_rank(self.stop.requested())
+        is_last = self.done == self.num_steps
+        if not failure and (is_last or self.done % self.config.eval_every == 0):
+            metrics |= self._evaluate()
+        self.run.log(self.done, metrics)
+        self.history.append(metrics)
+        if failure:
+            raise FloatingPointError(failure)
+        if self.config.sync_check and self.done % self.config.sync_check == 0:
+            check_equal_weights(self.model)
+        is_due = self.done % self.config.save_every == 0
+        if is_due or self.is_stopped or self.is_finished():
+            folder, state = self.run.folder, dict[str, float | int](step=self.done)
+            save_checkpoint(
+                folder, self.done, self.model, self.optimizer, self.task, self.manifest, state
+            )
+            prune_checkpoints(folder, self.config.keep_last)
+
+    def finish(self) -> None:
+        """Write STATUS and say what was published."""
+        self.run.finish("finished" if self.is_finished() else "stopped")
+        folder = self.run.folder
+        if rank() == 0 and (best := published(folder)):
+            print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
+
+    def _evaluate(self) -> dict[str, float]:
+        """Validation metrics of the model as it is, which is published if it is the best so far."""
+        config, folder, model = self.config, self.run.folder, self.model
+        validation = split_starts(self.task.plant).validation[: config.eval_cases]
+        with gathered(model):
+            metrics = validation_metrics(model, validation, self.task, config.seed)
+        score = metrics["eval/greedy_reward"]
+        if is_best(folder, score):
+            publish_model(folder, model, self.task, self.manifest, self.done, score)
+        return metrics
