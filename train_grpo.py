@@ -63,7 +63,7 @@ from minigrpo.optim import (
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
-from minigrpo.runs import StopSignal, open_run, run_command
+from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
 from minigrpo.training import Training
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
@@ -187,6 +187,7 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
     gradients = torch.empty(config.measure_signal, model.num_trained())  # [K, D], rank 0's
     with process_group(config.device) as device:
         check_batch(once)
+        set_matmul_precision(config.matmul_precision, device)
         model.to(device)
         hidden = None if rank() == 0 else True  # None: unless it is a terminal
         for step in tqdm(range(config.measure_signal), unit="rollout", disable=hidden):
@@ -242,7 +243,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved, shape, task, origin = settings(arguments)
     config, folder = resolved.config, Path(resolved.config.save_dir)
-    torch.set_float32_matmul_precision(config.matmul_precision)
     if config.measure_signal:
         measure_signal(build(config), config, task)
         return
@@ -252,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         check_batch(config)
+        set_matmul_precision(config.matmul_precision, device)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
         model, reference = build(config), None

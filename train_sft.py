@@ -46,7 +46,7 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
-from minigrpo.runs import StopSignal, open_run, run_command
+from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
 from minigrpo.training import Training
@@ -189,12 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved = settings(arguments)
     config, folder = resolved.config, Path(resolved.config.save_dir)
-    torch.set_float32_matmul_precision(config.matmul_precision)
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
+        set_matmul_precision(config.matmul_precision, device)
         shape, task, weights = describe(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)

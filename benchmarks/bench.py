@@ -145,12 +145,12 @@ def our_arm(
     from minigrpo.grpo import group_advantages, grpo_loss, loss_denominator
     from minigrpo.optim import adamw
     from minigrpo.policy import ActingPolicy, completion_scores
-    from minigrpo.runs import keep_freed_memory
+    from minigrpo.runs import keep_freed_memory, set_matmul_precision
     from minigrpo.sampling import StopRule, sample_completions
     from minigrpo.transformer import load_transformer
 
     keep_freed_memory()
-    torch.set_float32_matmul_precision("medium" if device == "cpu" else "high")
+    set_matmul_precision("auto", torch.device(device))
     model, reference = (load_transformer(folder).to(device) for _ in range(2))
     model.is_fused = reference.is_fused = is_fused
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=device)
@@ -219,9 +219,11 @@ def trl_arm(
     item: Item, folder: Path, steps: int, is_mixed: bool, is_tuned: bool, device: str
 ) -> dict[str, Any]:
     """The same steps by TRL's GRPOTrainer."""
+    from minigrpo.runs import set_matmul_precision
+
     datasets, trl, transformers = map(importlib.import_module, ("datasets", "trl", "transformers"))
     if is_tuned:
-        torch.set_float32_matmul_precision("medium")
+        set_matmul_precision("auto", torch.device(device))
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     prompts = json.loads((folder / "prompts.json").read_text())
     texts = [" ".join(f"w{token}" for token in row) for row in prompts]
@@ -304,9 +306,7 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
         command = ["taskset", "-c", str(given.core), *command]
     env = dict(FAST if arm in ("trl_tuned", "trl_bf16") else os.environ)
     root = str(Path(__file__).resolve().parents[1])
-    env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"} | (
-        {"PYTHONPATH": root} if is_ours else {}
-    )
+    env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -373,8 +373,10 @@ def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
 
 def ceilings(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """The rates that floors are made of: large products, and a copy."""
+    from minigrpo.runs import set_matmul_precision
+
     device, size = given.device, 1024 if given.device == "cpu" else 8192
-    torch.set_float32_matmul_precision("medium")
+    set_matmul_precision("auto", torch.device(device))
     rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(size, size, device=device, dtype=dtype)
@@ -493,11 +495,11 @@ def parts(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
     from minigrpo.double_integrator import DoubleIntegrator
     from minigrpo.policy import ActingPolicy, nucleus
     from minigrpo.prompts import Codec, parse_controls, render_controls
-    from minigrpo.runs import keep_freed_memory
+    from minigrpo.runs import keep_freed_memory, set_matmul_precision
     from minigrpo.transformer import attend
 
     keep_freed_memory()
-    torch.set_float32_matmul_precision("medium")
+    set_matmul_precision("auto", torch.device(given.device))
     q, k, v = (torch.randn(128, 2, 54, 32, requires_grad=True) for _ in range(3))
     causal = torch.zeros(1, 1, 54, 54).masked_fill(~torch.ones(54, 54).tril().bool(), -torch.inf)
     fused = F.scaled_dot_product_attention

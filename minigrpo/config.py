@@ -80,10 +80,10 @@ class RunSettings(Settings):
         choices=("float32", "bfloat16"),
     )
     matmul_precision: str = flag(
-        "high",
-        "torch.set_float32_matmul_precision: high allows TF32 on a GPU and is exact on a CPU, "
-        "medium allows products of bfloat16 on both",
-        choices=("highest", "high", "medium"),
+        "auto",
+        "torch.set_float32_matmul_precision; auto: high (TF32) on a GPU, on a CPU the faster "
+        "library where that rounds as float32 does; medium allows products of bfloat16",
+        choices=("auto", "highest", "high", "medium"),
     )
     lora_rank: int = flag(
         0, "rank of the LoRA adapters that are trained instead of the model; 0 trains the model",

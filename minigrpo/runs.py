@@ -432,6 +432,24 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, 2**30)
 
 
+def set_matmul_precision(wanted: str, device: torch.device) -> None:
+    """torch.set_float32_matmul_precision, where `auto` never gives a CPU less than float32.
+
+    On a CPU `medium` chooses oneDNN: float32, and 2.2 times as fast as the default on an AMD EPYC,
+    but products of bfloat16 where the processor has them (AMX). There sampler and trainer differ
+    by up to 0.4 nats and a step is no shorter. One product tells: 1e-6 off, or 3e-3.
+    """
+    if wanted == "auto" and device.type == "cuda":
+        wanted = "high"
+    elif wanted == "auto":
+        a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
+        exact = a.double() @ b.double()
+        torch.set_float32_matmul_precision("medium")
+        error = (a @ b - exact).abs().amax() / exact.abs().amax()
+        wanted = "medium" if error < 1e-5 else "highest"
+    torch.set_float32_matmul_precision(wanted)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 

@@ -167,7 +167,7 @@ def warnings_of(metrics: dict[str, float], config: GRPOConfig, step: int) -> lis
     """What a user should hear of when nothing can be learned, or not what was sampled.
 
     Sampler and scorer differ by rounding: 1e-5 nats in float32, below 0.1 with TF32, up to 0.4
-    where products are made of bfloat16: there the gap is only logged.
+    where products are made of bfloat16: then the gap is only logged.
     """
     found = []
     limit = 1e-3 if config.matmul_precision == "highest" else 0.1

@@ -26,6 +26,7 @@ from minigrpo.runs import (
     on_rank_zero,
     open_run,
     run_command,
+    set_matmul_precision,
     to_json,
     write_text,
 )
@@ -565,3 +566,20 @@ def test_an_open_run_is_closed_once_and_then_free(tmp_path: Path) -> None:
     run.close()
     assert not (tmp_path / "LOCK").exists()
     shutil.rmtree(tmp_path)
+
+
+def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
+    """Where `medium` means bfloat16, auto must see it; a float32 sum of 256 is 1e-6 off."""
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(1))
+    exact = a.double() @ b.double()
+    before = torch.get_float32_matmul_precision()
+    try:
+        set_matmul_precision("auto", torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() in ("medium", "highest")
+        assert (a @ b - exact).abs().amax() < 1e-5 * exact.abs().amax()
+        set_matmul_precision("auto", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
+        set_matmul_precision("medium", torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
