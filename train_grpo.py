@@ -210,7 +210,9 @@ def schedules(
     if config.final_temperature:
         ends = config.temperature, config.final_temperature
         acting = replace(config, temperature=linear(step, config.steps - 1, *ends))
-    rate = cosine_learning_rate(step, config.steps, config.learning_rate, config.warmup_steps)
+    rate = cosine_learning_rate(
+        step, config.steps, config.learning_rate, config.warmup_steps, config.decay_steps
+    )
     rate *= plateau_factor(training.column("reward/total"), config.plateau_patience)
     return acting, rate, reward_function(config, task, training.column("rollout/final_error"))
 
@@ -242,7 +244,8 @@ def settings(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved, shape, task, origin = settings(arguments)
-    config, folder = resolved.config, Path(resolved.config.save_dir)
+    config = resolved.config
+    folder = Path(config.save_dir)
     if config.measure_signal:
         measure_signal(build(config), config, task)
         return

@@ -188,7 +188,8 @@ def label_smoothing(config: SFTConfig, task: Task, vocab_size: int) -> Tensor | 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved = settings(arguments)
-    config, folder = resolved.config, Path(resolved.config.save_dir)
+    config = resolved.config
+    folder = Path(config.save_dir)
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,

@@ -239,6 +239,11 @@ class GRPOConfig(RunSettings):
         above=0,
     )
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
+    decay_steps: int = flag(
+        0,
+        "last steps, in which the cosine takes the rate from its peak to 0; 0: all after warm-up",
+        at_least=0,
+    )
     plateau_patience: int = flag(
         0,
         "halve the rate when that many steps earn no more than those before; 0: never",

@@ -52,19 +52,23 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 
 def cosine_learning_rate(
-    step: int, num_steps: int, peak: float, warmup_steps: int, final_fraction: float = 0.0
+    step: int,
+    num_steps: int,
+    peak: float,
+    warmup_steps: int,
+    decay_steps: int = 0,
 ) -> float:
     """Rate of the update after `step` completed ones: linear warm-up, then half a cosine.
 
-    peak (step + 1) / warmup_steps while step < warmup_steps; peak at step = warmup_steps; from
-    there to final_fraction * peak at step = num_steps, where it stays. So no update runs at rate 0,
-    not even with final_fraction 0, and resuming needs nothing but the step.
+    peak (step + 1) / warmup_steps while step < warmup_steps; then peak, until the last decay_steps
+    begin (0: at once); from there to 0 at step = num_steps, where it stays. So no update runs at
+    rate 0, and resuming needs nothing but the step.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * (final_fraction + (1.0 - final_fraction) * cosine)
+    begin = max(warmup_steps, num_steps - decay_steps) if decay_steps else warmup_steps
+    progress = min(1.0, max(0, step - begin) / max(1, num_steps - begin))
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def linear(step: int, num_steps: int, start: float, end: float) -> float:

@@ -91,25 +91,25 @@ class Training:
         """Evaluate and log; save where it is due. FloatingPointError if the step was a failure:
         logged, but nothing of it is saved.
         """
+        config, metrics = self.config, dict(metrics)
         self.done += 1
-        metrics = dict(metrics)
         self.is_stopped = any_rank(self.stop.requested())
         is_last = self.done == self.num_steps
-        if not failure and (is_last or self.done % self.config.eval_every == 0):
+        if not failure and (is_last or self.done % config.eval_every == 0):
             metrics |= self._evaluate()
         self.run.log(self.done, metrics)
         self.history.append(metrics)
         if failure:
             raise FloatingPointError(failure)
-        if self.config.sync_check and self.done % self.config.sync_check == 0:
+        if config.sync_check and self.done % config.sync_check == 0:
             check_equal_weights(self.model)
-        is_due = self.done % self.config.save_every == 0
+        is_due = self.done % config.save_every == 0
         if is_due or self.is_stopped or self.is_finished():
             folder, state = self.run.folder, dict[str, float | int](step=self.done)
             save_checkpoint(
                 folder, self.done, self.model, self.optimizer, self.task, self.manifest, state
             )
-            prune_checkpoints(folder, self.config.keep_last)
+            prune_checkpoints(folder, config.keep_last)
 
     def finish(self) -> None:
         """Write STATUS and say what was published."""

@@ -131,13 +131,21 @@ def test_schedule_values_by_hand() -> None:
     assert cosine_learning_rate(2, 12, 8.0, 0) == pytest.approx(third, abs=1e-12)
 
 
-def test_schedule_ends_at_its_final_fraction_and_never_updates_at_0_before() -> None:
-    rates = [cosine_learning_rate(step, 13, 3.0, 2, 0.1) for step in range(14)]
-    assert rates[13] == pytest.approx(0.3, abs=1e-12)
-    assert cosine_learning_rate(500, 13, 3.0, 2, 0.1) == rates[13]
-    assert rates[7] > rates[8] and min(rates[2:]) == rates[13]
+def test_schedule_holds_its_peak_until_the_last_steps_begin() -> None:
+    rates = [cosine_learning_rate(step, 12, 8.0, 2, 6) for step in range(14)]
+    assert rates[:7] == [4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0]
+    assert rates[9] == pytest.approx(4.0, abs=1e-12)  # half of the way down
+    assert rates[7] == pytest.approx(8.0 * (1 + math.sqrt(3) / 2) / 2, abs=1e-12)
+    assert rates[12:] == pytest.approx([0.0, 0.0], abs=1e-12)
+    plain = [cosine_learning_rate(step, 12, 8.0, 2) for step in range(14)]
+    for as_long_as_there_is in (10, 11, 1000):
+        got = [cosine_learning_rate(step, 12, 8.0, 2, as_long_as_there_is) for step in range(14)]
+        assert got == plain
+
+
+def test_schedule_never_updates_at_0() -> None:
     assert all(cosine_learning_rate(step, 13, 3.0, 0) > 0 for step in range(13))
-    assert cosine_learning_rate(6, 12, 3.0, 0, 0.5) == pytest.approx(2.25, abs=1e-12)
+    assert all(cosine_learning_rate(step, 13, 3.0, 0, 4) > 0 for step in range(13))
 
 
 def test_schedule_without_steps_after_the_warm_up_is_defined() -> None:
