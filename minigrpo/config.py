@@ -363,6 +363,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "credit": "choice",
         "advantage_std": "batch",
         "learning_rate": 5e-4,
+        "decay_steps": 100,
         "final_norm_rate": 20.0,
         "kl_beta": 0.001,
         "clip_eps_low": 0.1,
