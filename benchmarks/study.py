@@ -6,7 +6,8 @@
     python benchmarks/study.py --figures docs           the pictures of it
 
 benchmarks/results/mean_plan/ are results with an earlier estimator and its defaults: the study of
-commit d6613b6 makes their tables, and only it can make them again.
+commit d6613b6 makes their tables, and only it can make them again. minibatches_32/ are those of
+today's estimator with the defaults of before, made again by the study of commit ea77fbb.
 
 Long arms are evaluated on 512 held-out starts; more_sft_* share GRPO's processor time;
 strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
@@ -105,7 +106,6 @@ STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_completion": "--credit completion",
-    "default_no_kl": "--kl-beta 0 --steps 160",
     "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
@@ -232,7 +232,6 @@ def main_table() -> str:
     rows.append(("SFT, sampled at temperature 0.5", cold))
     for name, policy, title in (
         ("default_completion", "grpo", "GRPO with credit for completions"),
-        ("default_no_kl", "grpo", "GRPO without a KL term, 160 steps"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
         ("strong_again", "grpo", "140 more steps of it"),
