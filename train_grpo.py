@@ -220,7 +220,7 @@ def schedules(
 def settings(
     arguments: Sequence[str] | None,
 ) -> tuple[Resolved[GRPOConfig], TransformerConfig, Task, Manifest]:
-    """What the flags, the saved run and the folder of --init say; and that they agree."""
+    """What the flags, the saved run and the folder of --init say; ValueError: they disagree."""
     given = parse_flags(GRPOConfig, arguments)
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
@@ -288,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
             metrics["time/update_s"] = time.perf_counter() - updating
             metrics["time/step_s"] = time.perf_counter() - began
-            run.log_text(breakdown_line(experience.rewards, 0), *warnings_of(metrics, config, step))
+            warnings = warnings_of(metrics, config, step, device.type == "cuda")
+            run.log_text(breakdown_line(experience.rewards, 0), *warnings)
             for record in sample_records(prompts, experience, rollout):
                 run.log_sample(step + 1, record)
             if update.num_skipped:

@@ -137,7 +137,7 @@ def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -
 
 
 def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
-    """What the flags and the saved run say; and that it fits together."""
+    """What the flags and the saved run say; ValueError: it does not fit together."""
     given = parse_flags(SFTConfig, arguments)
     save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
@@ -206,9 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         manifest = Manifest.of_run("sft", config.preset, task, resolved)
         training = Training(run, stop, config, manifest, task, model, optimizer, device)
-        count, epochs = config.num_demonstrations, config.steps * config.batch_size
+        count, rows = config.num_demonstrations, config.steps * config.batch_size
         plan = f"{count} demonstrations, {config.steps} steps of {config.batch_size}"
-        training.describe([resolved.table(), str(memory), f"{plan} = {epochs / count:.0f} epochs"])
+        training.describe([resolved.table(), str(memory), f"{plan} = {rows / count:.0f} epochs"])
         data = training_data(config, task)
         smoothing = label_smoothing(config, task, shape.vocab_size)
         smoothing = None if smoothing is None else smoothing.to(device)

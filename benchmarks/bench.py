@@ -219,10 +219,10 @@ def trl_arm(
     item: Item, folder: Path, steps: int, is_mixed: bool, is_tuned: bool, device: str
 ) -> dict[str, Any]:
     """The same steps by TRL's GRPOTrainer."""
-    from minigrpo.runs import set_matmul_precision
-
     datasets, trl, transformers = map(importlib.import_module, ("datasets", "trl", "transformers"))
     if is_tuned:
+        from minigrpo.runs import set_matmul_precision
+
         set_matmul_precision("auto", torch.device(device))
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     prompts = json.loads((folder / "prompts.json").read_text())
@@ -306,7 +306,9 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
         command = ["taskset", "-c", str(given.core), *command]
     env = dict(FAST if arm in ("trl_tuned", "trl_bf16") else os.environ)
     root = str(Path(__file__).resolve().parents[1])
-    env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    if arm != "trl":  # as it is installed: without our folder in its path
+        env["PYTHONPATH"] = root
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

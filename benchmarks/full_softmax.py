@@ -17,8 +17,10 @@ from minigrpo.policy import completion_scores
 from minigrpo.runs import run_command
 
 
-def scored_by_the_whole_softmax(model, prompt_tokens, prompt_mask, tokens, support, temperature):  # type: ignore[no-untyped-def]
-    return completion_scores(model, prompt_tokens, prompt_mask, tokens, None, temperature)
+def scored_by_the_whole_softmax(  # type: ignore[no-untyped-def]
+    model, prompt_tokens, prompt_mask, tokens, support, temperature, *choices
+):
+    return completion_scores(model, prompt_tokens, prompt_mask, tokens, None, temperature, *choices)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ class GRPOConfig(RunSettings):
     support_size: int = flag(
         128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1
     )
-    learning_rate: float = flag(1e-5, "peak of the cosine schedule over the run", above=0)
+    learning_rate: float = flag(1e-5, "peak of the schedule", above=0)
     final_norm_rate: float = flag(
         1.0,
         "multiple of the learning rate for the final norm's gains, which scale all logits and so "

@@ -350,6 +350,7 @@ def _provenance(device: torch.device) -> dict[str, Json]:
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),  # what `auto` chose
         "host": HOST,
     }
 

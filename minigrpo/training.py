@@ -48,11 +48,15 @@ class Training:
         device: torch.device,
         stop_patience: int = 0,
     ):
+        """Take the state of the newest checkpoint if the run is resumed and has one.
+
+        ValueError: that is damaged, or of another task or model.
+        """
         self.run, self.stop, self.config, self.manifest, self.task = (
             run, stop, config, manifest, task,
         )  # fmt: skip
         self.model, self.optimizer, self.device = model, optimizer, device
-        self.num_steps, self.stop_patience = config.steps, stop_patience
+        self.stop_patience = stop_patience
         start = latest_checkpoint(run.folder) if config.resume else None
         self.is_resumed, self.is_stopped = start is not None, False
         self.done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
@@ -72,7 +76,7 @@ class Training:
 
     def steps(self) -> Iterator[int]:
         """The number of finished steps before each step, until the last, a stop or convergence."""
-        self.run.start(self.done if self.is_resumed else -1, self.num_steps)
+        self.run.start(self.done if self.is_resumed else -1, self.config.steps)
         if self.is_resumed:
             self.history = self.run.history()
         else:
@@ -83,18 +87,22 @@ class Training:
 
     def is_finished(self) -> bool:
         """Were all steps done, or did the evaluations converge?"""
-        return self.done >= self.num_steps or has_converged(
-            self.column("eval/greedy_reward"), self.stop_patience
-        )
+        if self.done >= self.config.steps:
+            return True
+        patience = self.stop_patience
+        return patience > 0 and has_converged(self.column("eval/greedy_reward"), patience)
 
     def end_step(self, metrics: Mapping[str, float], failure: str = "") -> None:
-        """Evaluate and log; save where it is due. FloatingPointError if the step was a failure:
-        logged, but nothing of it is saved.
+        """Evaluate and log; save where it is due.
+
+        `failure`, the same on all ranks, says why the step must end the run: it is logged, and
+        nothing of it is evaluated or saved. FloatingPointError: there was one. RuntimeError: ranks
+        hold other weights. OSError: a full disk, say.
         """
         config, metrics = self.config, dict(metrics)
         self.done += 1
         self.is_stopped = any_rank(self.stop.requested())
-        is_last = self.done == self.num_steps
+        is_last = self.done == config.steps
         if not failure and (is_last or self.done % config.eval_every == 0):
             metrics |= self._evaluate()
         self.run.log(self.done, metrics)
@@ -105,11 +113,16 @@ class Training:
             check_equal_weights(self.model)
         is_due = self.done % config.save_every == 0
         if is_due or self.is_stopped or self.is_finished():
-            folder, state = self.run.folder, dict[str, float | int](step=self.done)
             save_checkpoint(
-                folder, self.done, self.model, self.optimizer, self.task, self.manifest, state
+                self.run.folder,
+                self.done,
+                self.model,
+                self.optimizer,
+                self.task,
+                self.manifest,
+                {"step": self.done},
             )
-            prune_checkpoints(folder, config.keep_last)
+            prune_checkpoints(self.run.folder, config.keep_last)
 
     def finish(self) -> None:
         """Write STATUS and say what was published."""

@@ -163,16 +163,20 @@ def accumulate_gradient(
     return merge_metrics(parts), entropy, gap
 
 
-def warnings_of(metrics: dict[str, float], config: GRPOConfig, step: int) -> list[str]:
+def warnings_of(
+    metrics: dict[str, float], config: GRPOConfig, step: int, is_on_cuda: bool
+) -> list[str]:
     """What a user should hear of when nothing can be learned, or not what was sampled.
 
     Sampler and scorer differ by rounding: 1e-5 nats in float32, below 0.1 with TF32, up to 0.4
-    where products are made of bfloat16: then the gap is only logged.
+    where products are made of bfloat16.
     """
     found = []
-    limit = 1e-3 if config.matmul_precision == "highest" else 0.1
-    is_rounded = "bfloat16" in config.precision or config.matmul_precision == "medium"
-    if not is_rounded and not metrics["rollout/logprob_gap_max"] <= limit:
+    if config.precision == "bfloat16" or config.matmul_precision == "medium":
+        limit = 1.0
+    else:
+        limit = 0.1 if is_on_cuda and config.matmul_precision != "highest" else 1e-3
+    if not metrics["rollout/logprob_gap_max"] <= limit:  # NaN is not
         gap = f"{metrics['rollout/logprob_gap_max']:.1e} nats"
         found.append(f"sampled and recomputed log-probs differ by {gap}: these are two policies")
     if metrics["rollout/frac_zero_std_groups"] == 1 and config.credit == "completion":

@@ -145,7 +145,8 @@ def test_eight_steps_are_four_and_resume_and_four(
 
 LOOKING_BACK = (
     "--plateau-patience 1 --adaptive-terminal --final-temperature 0.5 --curriculum-steps 6 "
-    "--stop-patience 3 --eval-every 2 --learning-rate 1e-12"  # no score can become a new best
+    "--stop-patience 3 --eval-every 2 --warmup-steps 1 --decay-steps 3 "
+    "--learning-rate 1e-12"  # no score can become a new best
 ).split()
 
 
@@ -161,7 +162,7 @@ def test_schedules_that_look_back_go_on_where_they_were(
     assert_same_run(cut, straight)
     found = lines(straight)
     rewards = [line["reward/total"] for line in found[1:]]
-    plain = [cosine_learning_rate(step, 8, 1e-12, 10) for step in range(len(rewards))]
+    plain = [cosine_learning_rate(step, 8, 1e-12, 1, 3) for step in range(len(rewards))]
     for step, line in enumerate(found[1:]):  # of the steps before, each one that earned no more
         drops = sum(b <= a for a, b in pairwise(rewards[:step]))
         assert line["update/learning_rate"] == plain[step] * 0.5**drops
@@ -409,11 +410,13 @@ def test_in_supervised_training_the_first_gradient_that_is_not_finite_ends_the_r
     """It has no excuse there. In the third step the last rank's loss is NaN."""
     folder, errors = tmp_path / "run", tmp_path / "errors"
     spoil = partial(spoil_loss, num_ranks - 1)
-    exits = start_ranks(num_ranks, train, "sft", begun("sft", folder), 3, spoil, errors=errors)
+    flags = [*begun("sft", folder), "--eval-every", "3"]
+    exits = start_ranks(num_ranks, train, "sft", flags, 3, spoil, errors=errors)
     message = "the gradient of step 3 is not finite and was not applied; its batch is in"
     assert exits == [1] * num_ranks and message in errors.read_text()
     assert checkpoints(folder) == ["step-000002"]
-    assert lines(folder)[-1]["step"] == 3 and lines(folder)[-1]["loss/total"] is None
+    last = lines(folder)[-1]
+    assert last["step"] == 3 and last["loss/total"] is None and "eval/greedy_reward" not in last
     assert len(list((folder / "skipped").iterdir())) == num_ranks
 
 

@@ -413,19 +413,30 @@ HEALTHY = {
 )
 def test_each_sign_of_failure_is_told_alone(metric: str, value: float, told: str) -> None:
     config = GRPOConfig(matmul_precision="highest")
-    assert warnings_of(HEALTHY, config, 4) == []
-    (line,) = warnings_of(HEALTHY | {metric: value}, config, 4)
+    assert warnings_of(HEALTHY, config, 4, is_on_cuda=True) == []
+    (line,) = warnings_of(HEALTHY | {metric: value}, config, 4, is_on_cuda=True)
     assert line.startswith("WARNING step 5: ") and told in line
 
 
-def test_rounding_to_bfloat16_is_no_reason_to_warn() -> None:
-    gap = HEALTHY | {"rollout/logprob_gap_max": 0.05}
-    assert warnings_of(gap, GRPOConfig(matmul_precision="highest"), 0)
-    assert not warnings_of(gap, GRPOConfig(matmul_precision="high"), 0)
-    assert not warnings_of(gap, GRPOConfig(precision="bfloat16", matmul_precision="highest"), 0)
-    large = gap | {"rollout/logprob_gap_max": 0.2}
-    assert warnings_of(large, GRPOConfig(matmul_precision="high"), 0)
-    assert not warnings_of(large, GRPOConfig(matmul_precision="medium"), 0)
+@pytest.mark.parametrize(
+    ("flags", "is_on_cuda", "limit"),
+    [
+        ({}, False, 1e-3),
+        ({"matmul_precision": "high"}, False, 1e-3),
+        ({"matmul_precision": "highest"}, True, 1e-3),
+        ({}, True, 0.1),
+        ({"matmul_precision": "high"}, True, 0.1),
+        ({"matmul_precision": "medium"}, False, 1.0),
+        ({"matmul_precision": "highest", "precision": "bfloat16"}, False, 1.0),
+    ],
+)
+def test_a_gap_beyond_the_rounding_of_the_products_is_told(
+    flags: dict[str, str], is_on_cuda: bool, limit: float
+) -> None:
+    config = GRPOConfig(**flags)  # type: ignore[arg-type]
+    for gap, is_told in (0.9 * limit, False), (1.1 * limit, True), (math.nan, True):
+        metrics = HEALTHY | {"rollout/logprob_gap_max": gap}
+        assert bool(warnings_of(metrics, config, 0, is_on_cuda)) == is_told
 
 
 def play(model: Transformer, worth: Callable[[Tensor], Tensor], num_steps: int) -> float:
