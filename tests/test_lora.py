@@ -196,7 +196,7 @@ def grpo(folder: Path, *flags: str) -> list[dict[str, float]]:
         ["--init", str(folder.parent / "sft"), "--save-dir", str(folder), "--device", "cpu",
          "--prompts-per-step", "3", "--num-minibatches", "1", "--group-size", "4",
          "--micro-batch-size", "5", "--eval-cases", "8", "--eval-every", "2", "--learning-rate",
-         "1e-2", "--warmup-steps", "0", "--lora-alpha", "4", *flags]
+         "1e-2", "--warmup-steps", "0", "--temperature", "1", "--lora-alpha", "4", *flags]
     )  # fmt: skip
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
