@@ -123,7 +123,7 @@ def choice_values(
     values = torch.zeros(len(tokens), width, NUM_COLUMNS, device=tokens.device)
     level = initial_states.new_zeros(len(tokens), width)
     every_row = torch.arange(len(tokens), device=tokens.device)
-    for rows in torch.split(every_row, 128 if tokens.is_cuda else 32):  # a CPU's cache holds few
+    for rows in torch.split(every_row, 128 if tokens.is_cuda else 16):  # a CPU's cache holds few
         nodes = (rearrange(others[rows], "n k -> n k 1") + offsets).clamp(-bound, bound)
         # In float32, for half the time: the error is 1e-4 of a reward point.
         plans = changed_plans(controls[rows].float(), others[rows].float(), nodes.float())

@@ -113,8 +113,9 @@ def progress_rewards(
     num_changes = max(1, plant.horizon - 1)  # horizon 1 has none, and its sum is 0
     mean_change = controls.diff(dim=1).abs().sum(dim=1).double() / num_changes  # [N]
     violations = _count_violations(parsed, trajectories, plant)
-    is_inside = torch.maximum(position.abs(), velocity.abs()) <= plant.state_bound
-    share_inside = is_inside.double().mean(dim=1)
+    starts_outside = trajectories.states[:, 0].abs().amax(dim=1) > plant.state_bound
+    num_outside = trajectories.num_violations + starts_outside  # of the T+1 states
+    share_inside = 1 - num_outside.double() / (plant.horizon + 1)
     components = {
         "baseline": torch.full_like(final, weights.baseline),
         "progress": weights.progress * progress,

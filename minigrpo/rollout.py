@@ -144,7 +144,9 @@ def score_rows(
             completions.tokens[rows],
             None if support is None else support[rows],
             temperature,
-            *((None, None) if choices is None else (choices.values[rows], choices.basis)),
+            None if choices is None else choices.values[rows],
+            None if choices is None else choices.basis,
+            has_entropy=False,
         )
         for rows in micro_batches
         if len(rows)
@@ -152,8 +154,7 @@ def score_rows(
     means = [piece.expected for piece in pieces if piece.expected is not None]
     return TokenScores(
         torch.cat([piece.logprobs for piece in pieces]),
-        torch.cat([piece.entropy for piece in pieces]),
-        torch.cat(means) if means else None,
+        expected=torch.cat(means) if means else None,
     )
 
 

@@ -151,7 +151,7 @@ def accumulate_gradient(
         )
         backward(model, loss)
         parts.append(metrics)
-        entropy += scores.entropy[mask].sum()
+        entropy += cast(Tensor, scores.entropy)[mask].sum()
         # None: this is the only optimizer step, and the log-probs of now are the old ones.
         old = (
             scores.logprobs.detach()

@@ -265,9 +265,9 @@ def test_the_scoring_pass_goes_over_the_rows_as_the_first_epoch_does(
     """9 and 6 rows in micro-batches of 4: on a GPU, another shape is another value."""
     config, model, seen = replace(CONFIG, num_minibatches=2, num_epochs=2), a_model(), []
 
-    def spy(*arguments: object) -> object:
+    def spy(*arguments: object, **named: bool) -> object:
         seen.append(arguments[3])
-        return completion_scores(*arguments)
+        return completion_scores(*arguments, **named)
 
     monkeypatch.setattr(rollout_module, "completion_scores", spy)
     monkeypatch.setattr(update_module, "completion_scores", spy)
