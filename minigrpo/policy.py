@@ -54,7 +54,7 @@ class ActingPolicy:
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """z / temperature in float32 or wider: the one place of the division."""
+    """z / temperature in float32 or wider; z are logits, or what a linear head makes them of."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide if temperature == 1.0 else wide / temperature
 
@@ -279,7 +279,7 @@ def completion_scores(
         def score(
             logits: Tensor, taken: Tensor, kept: Tensor | None, worth: Tensor | None
         ) -> tuple[Tensor, ...]:
-            scores = formula(logits, taken, kept, temperature, worth, basis, has_entropy)
+            scores = formula(logits, taken, kept, 1.0, worth, basis, has_entropy)
             found = (scores.logprobs, scores.expected, scores.entropy)
             return tuple(column for column in found if column is not None)
 
@@ -288,7 +288,9 @@ def completion_scores(
             completions = hidden.gather(1, index)  # [M, C, E]
         else:
             completions = hidden[:, first:]
-        return in_chunks(score, completions, head_weight, completion_tokens, support, values)
+        # Divided before the head, which is linear: E numbers of a token instead of V.
+        scaled = tempered(completions, temperature)
+        return in_chunks(score, scaled, head_weight, completion_tokens, support, values)
 
     logprobs, *others = model(tokens, None, None, output)
     entropy = others.pop() if has_entropy else None
