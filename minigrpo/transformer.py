@@ -58,6 +58,9 @@ FIXED_KEYS: dict[str, object] = {
     "rope_interleaved": False,
 }
 
+# torch.bmm hands a batch of products to the CPU's library from this many multiplications each.
+LIBRARY_PRODUCT = 400
+
 
 @dataclass(frozen=True)
 class RopeStretch:
@@ -214,8 +217,8 @@ def _typed(kind: type[V], value: object) -> V:
 class KVCache:
     """Keys and values of the tokens so far, preallocated; the one object written in place.
 
-    In memory time-major: a step appends one contiguous block, and on a CPU `attend` streams over
-    whole rows. On CUDA a batch-major one is no faster (README, Speed).
+    In memory time-major: a step appends one contiguous block. On CUDA a batch-major one is no
+    faster (README, Speed).
     """
 
     def __init__(
@@ -292,14 +295,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
     q [B, H, Q, D], k and v [B, J, K, D] -> [B, H, Q, D]; query head h reads key-value head
     h // (H / J). `bias` is 0 or -inf, [B or 1, 1, Q, K]; None allows all, or, with `is_causal`
     (CUDA), the keys up to the query's own place. On a CPU two plain products beat
-    scaled_dot_product_attention in training by a factor of 7 (README, Speed). The heads of a group
-    are folded into the query length where the kernel at hand would repeat their keys.
+    scaled_dot_product_attention in training by a factor of 7, and in decoding by 2 once they are
+    large enough for the library (README, Speed). The heads of a group are folded into the query
+    length where the kernel at hand would repeat their keys.
     """
     group = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1 and group == 1 and not q.is_cuda and q.dtype != torch.bfloat16:
-        return _attend_one(q, k, v, bias)
-    has_flash = q.is_cuda and bias is None and q.dtype != torch.float32
-    if q.shape[2] == 1 and not has_flash:
+    if q.is_cuda:
+        has_kernel = bias is None and q.dtype != torch.float32
+    else:
+        has_kernel = q.dtype != torch.bfloat16 and k.shape[2] * k.shape[3] >= LIBRARY_PRODUCT
+    if q.shape[2] == 1 and not has_kernel:
         folded = rearrange(q, "b (j g) 1 d -> b j g d", g=group)
         mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
         return rearrange(mixed, "b j g d -> b (j g) 1 d")
@@ -316,20 +321,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
     scores = torch.baddbmm(biases, queries, keys, alpha=q.shape[3] ** -0.5)  # [B * J, G * Q, K]
     mixed = F.softmax(scores, dim=-1) @ values
     return rearrange(mixed, "(b j) (g q) d -> b (j g) q d", j=k.shape[1], g=group)
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`attend` for one new token: it streams over the time-major cache instead of B * J products.
-
-    Twice as fast as scaled_dot_product_attention at 512 rows and 30 tokens on a CPU.
-    """
-    keys, values = (rearrange(x, "b j k d -> k b j d") for x in (k, v))
-    query = rearrange(q * q.shape[3] ** -0.5, "b j 1 d -> 1 b j d")
-    scores = (keys * query).sum(dim=-1, keepdim=True)  # [K, B, J, 1]
-    if bias is not None:
-        scores = scores + rearrange(bias, "b 1 1 k -> k b 1 1")
-    mixed = (F.softmax(scores, dim=0) * values).sum(dim=0)
-    return rearrange(mixed, "b j d -> b j 1 d")
 
 
 class SwiGLU(nn.Module):
