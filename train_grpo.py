@@ -270,7 +270,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
         training = Training(
-            run, stop, config, manifest, task, model, optimizer, device, config.stop_patience
+            run,
+            stop,
+            config,
+            manifest,
+            task,
+            model,
+            optimizer,
+            device,
+            config.stop_patience,
+            reference,
         )
         training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
         starts, num_skipped = split_starts(task.plant).training, 0

@@ -221,15 +221,19 @@ def save_checkpoint(
     task: Task,
     manifest: Manifest,
     counters: dict[str, float | int],
+    base: Transformer | None = None,
 ) -> Path:
     """Write checkpoints/step-000100, all or nothing; called on every rank.
 
-    OSError: a full disk, say; the checkpoints before are intact.
+    `base` is the frozen model that the run must find again: the KL reference, or, with adapters,
+    the model itself. OSError: a full disk, say; the checkpoints before are intact.
     """
     weights, trained = _plain_weights(model), _full_moments(model, optimizer)
     own = adapters(model)
     trained |= {f"{ADAPTER}{name}": whole(value).detach().cpu() for name, value in own.items()}
-    described = {"counters": json.dumps(counters)} | ({"base": _base_digest(model)} if own else {})
+    described = {"counters": json.dumps(counters)}
+    if base is not None:
+        described["base"] = _base_digest(base)
     final = run_folder / "checkpoints" / f"step-{step:06d}"
     draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
 
@@ -287,11 +291,15 @@ def _complete(run_folder: Path) -> list[tuple[int, Path]]:
 
 
 def load_trainer(
-    folder: Path, model: Transformer, optimizer: Optimizer, manifest: Manifest
+    folder: Path,
+    model: Transformer,
+    optimizer: Optimizer,
+    manifest: Manifest,
+    base: Transformer | None = None,
 ) -> dict[str, float | int]:
     """Put a checkpoint's weights and AdamW state in place, bit for bit, and return its counters.
 
-    ValueError, with nothing changed: it is damaged, or was made for another task or model.
+    ValueError, with nothing changed: it is damaged, or was made for another task, model or base.
     """
     saved = load_manifest(folder)
     for name in ("stage", "preset", "plant", "cost", "codec"):
@@ -303,6 +311,13 @@ def load_trainer(
         raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
     path = folder / "trainer.safetensors"
     counters: dict[str, float | int] = json.loads(_metadata(path, "counters")["counters"])
+    if base is not None:
+        expected, got = _base_digest(base), _metadata(path, "base")["base"]
+        if got != expected:
+            raise ValueError(
+                f"{folder}: the base model or KL reference must be the one at hand, sha256 "
+                f"{expected}, got {got}; was the folder it came from trained again?"
+            )
     tensors = load_file(path)
     own = {name: tensors.pop(f"{ADAPTER}{name}", None) for name in adapters(model)}
     state = _optimizer_state(tensors, model, optimizer, path)
@@ -322,10 +337,7 @@ def load_trainer(
 def _adapters_of(
     own: dict[str, Tensor | None], model: Transformer, folder: Path
 ) -> dict[str, Tensor]:
-    """A checkpoint's adapters; ValueError: not those of these flags, or another model below them.
-
-    The checkpoint's own weights are merged and do not tell what they were merged with.
-    """
+    """A checkpoint's adapters; ValueError: not those of these flags."""
     found = {name: value for name, value in own.items() if value is not None}
     for name, parameter in adapters(model).items():
         got = tuple(found[name].shape) if name in found else "none"
@@ -334,17 +346,11 @@ def _adapters_of(
                 f"{folder}: adapter {name} must have shape {tuple(parameter.shape)}, got {got}; "
                 "lora_rank and lora_targets are those of the run"
             )
-    path, base = folder / "trainer.safetensors", _base_digest(model)
-    if (trained_on := _metadata(path, "base")["base"]) != base:
-        raise ValueError(
-            f"{path}: its adapters must have been trained on the base at hand, sha256 {base}, "
-            f"got {trained_on}"
-        )
     return found
 
 
 def _base_digest(model: Transformer) -> str:
-    """SHA-256 over what the adapters stand on, bit for bit; called on every rank."""
+    """SHA-256 over a model without its adapters, bit for bit; called on every rank."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:

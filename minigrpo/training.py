@@ -28,6 +28,7 @@ from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import Task, split_starts
 from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, world_size
 from minigrpo.evaluation import validation_metrics
+from minigrpo.lora import adapters
 from minigrpo.optim import has_converged
 from minigrpo.runs import RunFolder, StopSignal
 from minigrpo.transformer import Transformer
@@ -47,19 +48,23 @@ class Training:
         optimizer: Optimizer,
         device: torch.device,
         stop_patience: int = 0,
+        reference: Transformer | None = None,
     ):
         """Take the state of the newest checkpoint if the run is resumed and has one.
 
-        ValueError: that is damaged, or of another task or model.
+        ValueError: that is damaged, or of another task, model or KL reference.
         """
         self.run, self.stop, self.config, self.manifest, self.task = (
             run, stop, config, manifest, task,
         )  # fmt: skip
         self.model, self.optimizer, self.device = model, optimizer, device
         self.stop_patience = stop_patience
+        self.base = model if adapters(model) else reference
         start = latest_checkpoint(run.folder) if config.resume else None
         self.is_resumed, self.is_stopped = start is not None, False
-        self.done = int(load_trainer(start, model, optimizer, manifest)["step"]) if start else 0
+        self.done = 0
+        if start is not None:
+            self.done = int(load_trainer(start, model, optimizer, manifest, self.base)["step"])
         self.history: list[dict[str, float]] = []  # metrics of step 0, 1, ...
         run.record_attempt(vars(config), device)
 
@@ -121,6 +126,7 @@ class Training:
                 self.task,
                 self.manifest,
                 {"step": self.done},
+                self.base,
             )
             prune_checkpoints(self.run.folder, config.keep_last)
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import untrained_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.optim import AdamW
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import train_grpo
 from minigrpo import checkpoint
 from minigrpo.checkpoint import (
     Manifest,
@@ -504,3 +506,19 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     publish_model(tmp_path, make_model()[0], TASK, MANIFEST, 1, 1.0)
     prune_checkpoints(tmp_path, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_resumed_with_another_kl_reference(tmp_path: Path) -> None:
+    """An SFT folder that was trained again while the run was away looks the same by its path."""
+    sft = untrained_checkpoint(tmp_path / "sft")
+    flags = (
+        f"--init {sft} --save-dir {tmp_path / 'grpo'} --device cpu --prompts-per-step 3 "
+        "--num-minibatches 1 --group-size 2 --eval-cases 8 --temperature 1"
+    ).split()
+    train_grpo.main([*flags, "--kl-beta", "0.1", "--steps", "1"])
+    weights = load_file(sft / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-6
+    save_file(weights, sft / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="KL reference must be the one at hand"):
+        train_grpo.main([*flags, "--resume", "--steps", "2"])
+    train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0"])  # none is needed

@@ -394,7 +394,7 @@ def test_a_grpo_run_is_the_same_on_any_number_of_ranks(
     for run in (folder, tmp_path / "ddp" / "1"):
         with safe_open(run / ended, framework="pt") as file:
             bases.append(file.metadata().get("base"))
-    assert bases[0] == bases[1] and bool(bases[0]) == bool(more)  # of whole parameters
+    assert bases[0] == bases[1] and bases[0]  # the digest is of whole parameters
     for name, value in wanted.items():
         assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-5), name
 
