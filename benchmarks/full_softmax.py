@@ -18,9 +18,9 @@ from minigrpo.runs import run_command
 
 
 def scored_by_the_whole_softmax(  # type: ignore[no-untyped-def]
-    model, prompt_tokens, prompt_mask, tokens, support, temperature, *choices
+    model, prompt_tokens, prompt_mask, tokens, support, *others, **named
 ):
-    return completion_scores(model, prompt_tokens, prompt_mask, tokens, None, temperature, *choices)
+    return completion_scores(model, prompt_tokens, prompt_mask, tokens, None, *others, **named)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.full_softmax import scored_by_the_whole_softmax
 from minigrpo import rollout as rollout_module
 from minigrpo import update as update_module
 from minigrpo.checkpoint import make_task
@@ -278,6 +279,24 @@ def test_the_scoring_pass_goes_over_the_rows_as_the_first_epoch_does(
     assert [len(rows) for rows in seen[:scored]] == [4, 4, 1, 4, 2]
     for then, now in zip(seen[:scored], seen[scored : 2 * scored], strict=True):
         assert torch.equal(then, now)
+
+
+def test_the_whole_softmax_of_the_study_forgets_the_support(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sampler and support are the same; all log-probs lose what the nucleus renormalised."""
+    config = replace(CONFIG, num_epochs=2, top_p=0.5)
+    ours, experience = rolled(config, reference=a_model())
+    for module in (rollout_module, update_module):
+        monkeypatch.setattr(module, "completion_scores", scored_by_the_whole_softmax)
+    model = a_model()
+    whole, _ = rolled(config, model=model, reference=a_model())
+    mask, kept = ours.completion_mask, experience.completions.kept_mass
+    assert torch.equal(ours.completion_tokens, whole.completion_tokens) and kept[mask].min() < 0.9
+    for name in ("old_logprobs", "ref_logprobs"):
+        lost = getattr(whole, name) - getattr(ours, name)
+        torch.testing.assert_close(lost[mask], kept[mask].log(), rtol=1e-4, atol=1e-5)
+    update_policy(model, torch.optim.SGD(model.parameters()), whole, config, 0, 0.0, 4)
 
 
 def test_autocast_reaches_sampler_old_and_reference() -> None:
