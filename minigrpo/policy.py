@@ -219,7 +219,7 @@ def score_logits(
     if support is None:
         # On a CPU log_softmax is vectorised and logsumexp is not: a third to a half of its time.
         inside = F.log_softmax(tempered(logits, temperature), dim=-1)  # [M, C, V]
-        logq = inside.gather(-1, places).sum(dim=-1)  # of one: fully_shard wants no view
+        logq = inside.gather(-1, places).sum(dim=-1)  # of one, as below
     else:
         # One gather for both: each has a backward pass that fills [M, C, V] with zeros.
         ids = torch.cat([places, support.long()], dim=-1)  # [M, C, 1 + S]
@@ -227,7 +227,7 @@ def score_logits(
         taken, inside = torch.split(both, [1, support.shape[-1]], dim=-1)
         inside = inside.masked_fill(support < 0, -torch.inf)
         norm = torch.logsumexp(inside, dim=-1, keepdim=True)  # [M, C, 1]
-        logq = rearrange(taken - norm, "m c 1 -> m c")
+        logq = (taken - norm).sum(dim=-1)  # of one: fully_shard wants no view
         inside = inside - norm  # log q on the support
     expected = entropy = None
     if has_entropy or values is not None:
