@@ -181,7 +181,13 @@ def our_arm(
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed), torch.no_grad():
             kept = [
                 completion_scores(
-                    reference, tokens[c], masks[c], done.tokens[c], part(done.support, c), 1.0
+                    reference,
+                    tokens[c],
+                    masks[c],
+                    done.tokens[c],
+                    part(done.support, c),
+                    1.0,
+                    has_entropy=False,
                 ).logprobs
                 for c in chunks
             ]
