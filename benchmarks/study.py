@@ -16,7 +16,7 @@ that the table shows (so the whole softmax is to be compared with the arm of its
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
 Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
 JSON file in benchmarks/results/ with its flags, commit, seconds, learning curve and numbers.
-Seed 0 is where settings were chosen; no number that is reported uses it.
+Seed 0 is where settings were chosen; no number of README, Results, uses it.
 """
 
 from __future__ import annotations
