@@ -221,19 +221,19 @@ def save_checkpoint(
     task: Task,
     manifest: Manifest,
     counters: dict[str, float | int],
-    base: Transformer | None = None,
+    base: str | None = None,
 ) -> Path:
     """Write checkpoints/step-000100, all or nothing; called on every rank.
 
-    `base` is the frozen model that the run must find again: the KL reference, or, with adapters,
-    the model itself. OSError: a full disk, say; the checkpoints before are intact.
+    `base` is the `base_digest` of the frozen model that the run must find again: the KL reference,
+    or, with adapters, the model itself. OSError: a full disk, say; what was saved before is intact.
     """
     weights, trained = _plain_weights(model), _full_moments(model, optimizer)
     own = adapters(model)
     trained |= {f"{ADAPTER}{name}": whole(value).detach().cpu() for name, value in own.items()}
     described = {"counters": json.dumps(counters)}
     if base is not None:
-        described["base"] = _base_digest(base)
+        described["base"] = base
     final = run_folder / "checkpoints" / f"step-{step:06d}"
     draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
 
@@ -295,7 +295,7 @@ def load_trainer(
     model: Transformer,
     optimizer: Optimizer,
     manifest: Manifest,
-    base: Transformer | None = None,
+    base: str | None = None,
 ) -> dict[str, float | int]:
     """Put a checkpoint's weights and AdamW state in place, bit for bit, and return its counters.
 
@@ -310,14 +310,14 @@ def load_trainer(
     if loaded.config != model.config:
         raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
     path = folder / "trainer.safetensors"
-    counters: dict[str, float | int] = json.loads(_metadata(path, "counters")["counters"])
-    if base is not None:
-        expected, got = _base_digest(base), _metadata(path, "base")["base"]
-        if got != expected:
-            raise ValueError(
-                f"{folder}: the base model or KL reference must be the one at hand, sha256 "
-                f"{expected}, got {got}; was the folder it came from trained again?"
-            )
+    described = _metadata(path, "counters")
+    counters: dict[str, float | int] = json.loads(described["counters"])
+    # A run that had no reference so far may get one: it starts to be kept then.
+    if base is not None and (got := described.get("base", base)) != base:
+        raise ValueError(
+            f"{folder}: the base model or KL reference must be the one at hand, sha256 "
+            f"{base}, got {got}; was the folder it came from trained again?"
+        )
     tensors = load_file(path)
     own = {name: tensors.pop(f"{ADAPTER}{name}", None) for name in adapters(model)}
     state = _optimizer_state(tensors, model, optimizer, path)
@@ -349,7 +349,7 @@ def _adapters_of(
     return found
 
 
-def _base_digest(model: Transformer) -> str:
+def base_digest(model: Transformer) -> str:
     """SHA-256 over a model without its adapters, bit for bit; called on every rank."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

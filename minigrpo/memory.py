@@ -106,8 +106,8 @@ def memory_estimate(
     kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
     column = work.micro_rows * shape.vocab_size  # logits of one position
     chunk = min(max(CHUNK_ELEMENTS, column), column * work.completion_length)
-    # At once: logits, gradients of those gathered; without a support also tempered, in float32.
-    logit = 4 * narrow if work.support_size else 5 * 4
+    # At once: logits and gradients of those gathered; without a support also log q, in float32.
+    logit = 4 * (narrow if work.support_size else 4)
     logit += 2 * 4 if work.num_nodes else 0  # probabilities of all tokens and their gradient
     # Of one completion token: support, values of choices, log-probs, masks.
     row = 4 * (work.support_size + work.num_nodes) + 32

@@ -195,9 +195,7 @@ class TokenScores:
     expected: Tensor | None = None  # [M, C] mean over q of the choice values, if there are any
 
     def __post_init__(self) -> None:
-        found = {"entropy": self.entropy, "expected": self.expected}
-        named = {name: (value, "M C") for name, value in found.items() if value is not None}
-        check_shapes(logprobs=(self.logprobs, "M C"), **named)
+        check_shapes(**{name: (value, "M C") for name, value in vars(self).items()})
 
 
 def score_logits(
@@ -213,7 +211,8 @@ def score_logits(
 
     With a support, gathered before the division and the log-sum-exp: work over S values, not V.
     With the values [M, C, K] of all choices over a basis [V, K] also their mean,
-    sum_a q(a) values . basis[a], and its gradient. The entropy is a third of the time.
+    sum_a q(a) values . basis[a], and its gradient. The entropy
+    takes a tenth of the time with values and two thirds without.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:
@@ -234,8 +233,8 @@ def score_logits(
         q = inside.exp()  # 0 on filler
     if has_entropy:
         with torch.no_grad():
-            finite = inside.clamp(min=torch.finfo(inside.dtype).min)
-            entropy = -torch.linalg.vecdot(q, finite)  # one pass, on a CPU
+            finite = inside.clamp(min=torch.finfo(inside.dtype).min)  # 0 * -inf is NaN
+            entropy = -finite.mul_(q).sum(dim=-1)  # no product, which autocast would round
     if values is not None and basis is not None:
         if support is not None:
             everywhere = torch.zeros_like(logits, dtype=q.dtype)

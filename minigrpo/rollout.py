@@ -71,9 +71,10 @@ class Rollout:
     choices: ChoiceValues | None = None  # of every token there was, in units of the advantages
 
     def __post_init__(self) -> None:
-        named = {"support": (self.support, "N C S"), "old_logprobs": (self.old_logprobs, "N C")}
-        named["ref_logprobs"] = (self.ref_logprobs, "N C")
         check_shapes(
+            support=(self.support, "N C S"),
+            old_logprobs=(self.old_logprobs, "N C"),
+            ref_logprobs=(self.ref_logprobs, "N C"),
             prompt_tokens=(self.prompt_tokens, "N L"),
             prompt_mask=(self.prompt_mask, "N L"),
             completion_tokens=(self.completion_tokens, "N C"),
@@ -82,8 +83,7 @@ class Rollout:
             rewards=(self.rewards, "N"),
             advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
-            **({} if self.choices is None else {"values": (self.choices.values, "N C K")}),
-            **{name: (value, shape) for name, (value, shape) in named.items() if value is not None},
+            values=(None if self.choices is None else self.choices.values, "N C K"),
         )
         if (self.choices is None) != (self.advantages.ndim == 1):
             raise ValueError("advantages must have shape [N, C] with choices, and [N] without")

@@ -44,7 +44,7 @@ class Completions:
             ended=(self.ended, "N"),
             kept_mass=(self.kept_mass, "N C"),
             is_capped=(self.is_capped, "N C"),
-            **({} if self.support is None else {"support": (self.support, "N C S")}),
+            support=(self.support, "N C S"),
         )
 
 

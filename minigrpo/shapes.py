@@ -3,14 +3,17 @@
 import torch
 
 
-def check_shapes(**tensors: tuple[torch.Tensor, str]) -> dict[str, int]:
+def check_shapes(**tensors: tuple[torch.Tensor | None, str]) -> dict[str, int]:
     """Bind the dimensions of named tensors and return the bindings; ValueError if one misfits.
 
-    A dimension is a letter, a size or a letter plus a size; a letter keeps the first size it meets:
+    A dimension is a letter, a size or a letter plus a size; a letter keeps the first size it meets;
+    None, for what is optional, fits any shape:
     check_shapes(states=(states, "N T+1 2"), controls=(controls, "N T")) -> {"N": 8, "T": 50}
     """
     sizes: dict[str, int] = {}
     for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
         dimensions = shape.split()
         letters = dict.fromkeys(dimension.partition("+")[0] for dimension in dimensions)
         known = [f"{letter}={sizes[letter]}" for letter in letters if letter in sizes]

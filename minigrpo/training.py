@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from minigrpo.checkpoint import (
     Manifest,
+    base_digest,
     is_best,
     latest_checkpoint,
     load_trainer,
@@ -59,7 +60,8 @@ class Training:
         )  # fmt: skip
         self.model, self.optimizer, self.device = model, optimizer, device
         self.stop_patience = stop_patience
-        self.base = model if adapters(model) else reference
+        frozen = model if adapters(model) else reference
+        self.base = None if frozen is None else base_digest(frozen)  # it stays: once
         start = latest_checkpoint(run.folder) if config.resume else None
         self.is_resumed, self.is_stopped = start is not None, False
         self.done = 0

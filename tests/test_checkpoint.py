@@ -522,3 +522,4 @@ def test_a_run_is_not_resumed_with_another_kl_reference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="KL reference must be the one at hand"):
         train_grpo.main([*flags, "--resume", "--steps", "2"])
     train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0"])  # none is needed
+    train_grpo.main([*flags, "--resume", "--steps", "3", "--kl-beta", "0.1"])  # there was none

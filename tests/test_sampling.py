@@ -219,6 +219,8 @@ def test_the_decoders_logprobs_are_those_of_the_scorer_within_bfloat16():
         with torch.no_grad():
             scores = completion_scores(MODEL, *prompts, got.tokens, got.support, 1.0)
     assert scores.logprobs.dtype == got.sampling_logprobs.dtype == torch.float32
+    assert scores.entropy.dtype == torch.float32 and scores.entropy.isfinite().all()
+    assert ((got.support < 0).any(dim=-1) & got.mask).any()  # log 0 among them
     assert (scores.logprobs - got.sampling_logprobs)[got.mask].abs().mean() < 0.05
 
 
