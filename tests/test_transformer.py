@@ -433,12 +433,14 @@ def test_the_gradient_of_a_padded_batch_is_that_of_its_rows():
 
 @pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 1, 3, 2], [10, 1]])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("smallest_product", [0, 10**9])
+@pytest.mark.parametrize(("smallest_product", "kv_heads"), [(0, 6), (10**9, 3)])
 @torch.no_grad()
-def test_cached_equals_uncached_at_every_position(pieces, padded, smallest_product, monkeypatch):
+def test_cached_equals_uncached_at_every_position(
+    pieces, padded, smallest_product, kv_heads, monkeypatch
+):
     """By products and by the kernel, between which `attend` chooses by the size of a product."""
     monkeypatch.setattr(transformer, "LIBRARY_PRODUCT", smallest_product)
-    model = our_model("qwen2").double()
+    model = our_model("qwen2", num_kv_heads=kv_heads).double()
     tokens, mask = some_tokens(3, 11), None
     if padded:
         tokens, mask = left_padded([*ROWS, some_tokens(11, seed=6)], fill=0)
