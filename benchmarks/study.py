@@ -106,6 +106,7 @@ STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_completion": "--credit completion",
+    "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
