@@ -106,7 +106,7 @@ STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_completion": "--credit completion",
-    "clean": "--demonstration-noise 0 |",
+    "clean": "--demonstration-noise 0 | --steps 160 --decay-steps 80",
     "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
@@ -288,9 +288,9 @@ def component_table() -> str:
 
 
 def short_table() -> str:
-    """Short arms: change over the run on the validation starts."""
+    """Short arms: change over the run on the validation starts, and the rewards at its end."""
     lines = [
-        "| arm | flags | seeds | greedy | sampled | final error | least valid | s |",
+        "| arm | flags | seeds | greedy | sampled | final error | end | least valid |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in SHORT_ARMS:
@@ -307,12 +307,13 @@ def short_table() -> str:
             )
         ]
         least = min(row.get("rollout/frac_valid", 1.0) for one in found for row in one["curve"])
-        seconds = statistics.mean(one["seconds"] for one in found)
-        flags = f"`{found[0]['flags']}`" if found[0]["flags"] else ""
+        keys = ("eval/greedy_reward", "eval/sampled_reward")
+        end = [f"{statistics.mean(last[key] for _, last in ends):.1f}" for key in keys]
+        before, bar, after = found[0]["flags"].partition("|")  # a bar would end the cell
+        flags = f"`{before.strip()}` (SFT){after}" if bar else f"`{before}`" if before else ""
         seeds = " ".join(str(one["seed"]) for one in found)
-        lines.append(
-            f"| {name} | {flags} | {seeds} | {' | '.join(cells)} | {least:.0%} | {seconds:.0f} |"
-        )
+        cells += [" / ".join(end), f"{least:.0%}"]
+        lines.append(f"| {name} | {flags} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
