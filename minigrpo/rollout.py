@@ -72,14 +72,14 @@ class Rollout:
 
     def __post_init__(self) -> None:
         check_shapes(
-            support=(self.support, "N C S"),
-            old_logprobs=(self.old_logprobs, "N C"),
-            ref_logprobs=(self.ref_logprobs, "N C"),
             prompt_tokens=(self.prompt_tokens, "N L"),
             prompt_mask=(self.prompt_mask, "N L"),
             completion_tokens=(self.completion_tokens, "N C"),
             completion_mask=(self.completion_mask, "N C"),
+            support=(self.support, "N C S"),
             sampling_logprobs=(self.sampling_logprobs, "N C"),
+            old_logprobs=(self.old_logprobs, "N C"),
+            ref_logprobs=(self.ref_logprobs, "N C"),
             rewards=(self.rewards, "N"),
             advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
