@@ -45,6 +45,7 @@ class AdaptedLinear(nn.Module):
                 self.lora_b[name] = nn.Parameter(linear.weight.new_zeros(size, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        """W x + bias, and (alpha / rank) B A x in each part that has adapters, if they are on."""
         y = F.linear(x, self.weight, self.bias)
         if not self.is_on:
             return y

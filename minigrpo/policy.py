@@ -211,8 +211,8 @@ def score_logits(
 
     With a support, gathered before the division and the log-sum-exp: work over S values, not V.
     With the values [M, C, K] of all choices over a basis [V, K] also their mean,
-    sum_a q(a) values . basis[a], and its gradient. The entropy
-    takes a tenth of the time with values and two thirds without.
+    sum_a q(a) values . basis[a], and its gradient. The entropy takes a tenth of the time with
+    values and two thirds without.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:

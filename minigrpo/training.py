@@ -61,7 +61,7 @@ class Training:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.stop_patience = stop_patience
         frozen = model if adapters(model) else reference
-        self.base = None if frozen is None else base_digest(frozen)  # it stays: once
+        self.base = None if frozen is None else base_digest(frozen)  # made once
         start = latest_checkpoint(run.folder) if config.resume else None
         self.is_resumed, self.is_stopped = start is not None, False
         self.done = 0
