@@ -72,6 +72,7 @@ class MemoryEstimate:
 
     def table(self) -> str:
         """GiB of each phase and of its parts, a line each, as the trainers print it."""
+
         def line(name: str, parts: dict[str, int]) -> str:
             shown = (f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size)
             return f"  {name:9s} {sum(parts.values()) / 2**30:8.2f}  {', '.join(shown)}"
