@@ -62,8 +62,9 @@ from minigrpo.optim import (
 )
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
-from minigrpo.rollout import make_rollout, rollout_metrics, sample_records
+from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
 from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
@@ -238,6 +239,8 @@ def settings(
         raise ValueError(
             "credit must be completion with codec style words, where a control is many tokens"
         )
+    if resolved.config.gradient_smoothing_width > 0 and task.codec.style != "numbers":
+        raise ValueError("gradient_smoothing_width must be 0 with codec style words")
     return resolved, shape, task, origin
 
 
@@ -283,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
         starts, num_skipped = split_starts(task.plant).training, 0
+        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)
+        kernel = None if kernel is None else kernel.to(device)
         for step in training.steps():
             began = time.perf_counter()
             acting, rate, reward = schedules(config, task, step, training)
@@ -290,9 +295,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rollout, experience, seconds = make_rollout(
                 model, reference, prompts, places, acting, task, reward
             )
-            updating = time.perf_counter()
+            updating, simulate = time.perf_counter(), None
+            if config.follow_policy and rollout.choices is not None:
+                simulate = choice_simulator(shape.vocab_size, task, reward)
             update = update_policy(
-                model, optimizer, rollout, acting, step, rate, task.max_completion_length
+                model,
+                optimizer,
+                rollout,
+                acting,
+                step,
+                rate,
+                task.max_completion_length,
+                kernel,
+                simulate,
             )
             metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
             metrics["time/update_s"] = time.perf_counter() - updating

@@ -48,7 +48,13 @@ from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
 from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
 from minigrpo.sft import smoothing_matrix, supervised_step
-from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
+from minigrpo.tokenizer import (
+    gradient_kernel,
+    load_tokenizer,
+    number_features,
+    number_tokenizer,
+    token_values,
+)
 from minigrpo.training import Training
 from minigrpo.transformer import (
     Transformer,
@@ -153,7 +159,7 @@ def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
         )
     if config.lora_rank and config.preset == "tiny":
         raise ValueError("lora_rank must be 0 with preset tiny: random weights need training")
-    for name in ("demonstration_noise", "weight_noise"):
+    for name in ("demonstration_noise", "weight_noise", "gradient_smoothing_width"):
         if getattr(config, name) > 0 and config.preset == "pretrained":
             raise ValueError(
                 f"{name} must be 0 with preset pretrained, got {getattr(config, name)}"
@@ -212,13 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = training_data(config, task)
         smoothing = label_smoothing(config, task, shape.vocab_size)
         smoothing = None if smoothing is None else smoothing.to(device)
+        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)
+        kernel = None if kernel is None else kernel.to(device)
         for step in training.steps():
             began = time.perf_counter()
             rate = cosine_learning_rate(
                 step, config.steps, config.learning_rate, config.warmup_steps
             )
             batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
-            metrics = supervised_step(model, optimizer, batch, smoothing, config, step, rate)
+            metrics = supervised_step(
+                model, optimizer, batch, smoothing, config, step, rate, kernel
+            )
             metrics["time/step_s"] = time.perf_counter() - began
             failure = ""
             if not math.isfinite(metrics["update/grad_norm"]):

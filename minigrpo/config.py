@@ -93,6 +93,12 @@ class RunSettings(Settings):
     lora_targets: str = flag(
         ",".join(LORA_TARGETS), "modules that get an adapter, by transformers' names"
     )
+    gradient_smoothing_width: float = flag(
+        0.0,
+        "tiny model: gradients of the embedding's and the head's rows are spread over neighbouring "
+        "numbers, m/s^2: Gaussian width; 0: each row learns alone",
+        at_least=0,
+    )
     gradient_checkpointing: bool = flag(
         False, "keep a block's input alone and compute it again in the backward pass"
     )
@@ -282,6 +288,11 @@ class GRPOConfig(RunSettings):
         at_least=0,
         at_most=1,
     )
+    follow_policy: bool = flag(
+        True,
+        "with credit choice: simulate choices again before each optimizer step but the first of a "
+        "rollout, at plans that have moved as the policy has",
+    )
     reward: str = flag(
         "progress", "punishment is kept for comparison", choices=("progress", "punishment")
     )
@@ -350,13 +361,14 @@ class EvalConfig(Settings):
 
 # Defaults that go with a kind of model; chosen on validation starts (README, Results).
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
-    ("tiny", SFTConfig): {},
+    ("tiny", SFTConfig): {"gradient_smoothing_width": 0.1},
     ("tiny", GRPOConfig): {
         "prompts_per_step": 512,
         "group_size": 4,
         "num_minibatches": 8,
         "micro_batch_size": 128,
         "rows_per_batch": 1024,
+        "gradient_smoothing_width": 0.1,
         "temperature": 1.25,
         "top_p": 1.0,
         "support_size": 32,

@@ -22,6 +22,13 @@ as for any policy gradient here. A smaller lambda forgets what lies far behind k
 since W takes later controls from v, which does not react to u_k; lambda = 0 is the first term
 alone. (Q(lambda) and Retrace, 1606.02647, sum the same residuals with lambda^(j-k-1).)
 
+Values age. After an optimizer step the other controls of a row would no longer be those it was
+simulated with, and since all controls of a plan are told the same, they correct one error fifty
+times. So before every optimizer step but the first of a rollout W is simulated again, at plans in
+which each control has moved as far as its mean has moved since (`Plans.moved`):
+
+    u_k + E_q a - E_old a,  v_k + E_q a - E_old a    means at h_k, of now and of when it was sampled
+
 N rows = P groups of G   T horizon   C completion length   V vocabulary   K columns of the values
 """
 
@@ -47,6 +54,31 @@ NUM_COLUMNS = NUM_NODES + 2  # of the basis: nodes, EOS, any other word
 
 
 @dataclass(frozen=True)
+class Plans:
+    """What choices are simulated with: the controls before a choice, and those after it."""
+
+    initial_states: Tensor  # [N, 2] float64
+    own: Tensor  # [N, T] float64, m/s^2, as written; 0 for words and what is missing
+    others: Tensor  # [N, T] float64, the mean plan of the group's other well-formed rows
+    num_written: Tensor  # [N] int64, tokens before the one that broke the format, T + 1: none did
+
+    def __post_init__(self) -> None:
+        check_shapes(
+            initial_states=(self.initial_states, "N 2"),
+            own=(self.own, "N T"),
+            others=(self.others, "N T"),
+            num_written=(self.num_written, "N"),
+        )
+
+    def moved(self, rows: Tensor, shift: Tensor, bound: float) -> Plans:
+        """Those of some rows [M], each control moved by shift [M, T], m/s^2, within the bound."""
+        own, others = (
+            (plan[rows] + shift).clamp(-bound, bound) for plan in (self.own, self.others)
+        )
+        return Plans(self.initial_states[rows], own, others, self.num_written[rows])
+
+
+@dataclass(frozen=True)
 class ChoiceValues:
     """What each token would have been worth at each position of each row.
 
@@ -58,15 +90,26 @@ class ChoiceValues:
     values: Tensor  # [N, C, K] float32
     level: Tensor  # [N, C] float64
     basis: Tensor  # [V, K] float32
-    num_written: Tensor  # [N] int64, tokens before the one that broke the format, T + 1: none did
+    grid: Tensor  # [NUM_NODES] float32, the nodes, m/s^2
+    plans: Plans
 
     def __post_init__(self) -> None:
         check_shapes(
             values=(self.values, "N C K"),
             level=(self.level, "N C"),
             basis=(self.basis, "V K"),
-            num_written=(self.num_written, "N"),
         )
+
+    def mean_offset(self, mass: Tensor, tokens: Tensor) -> Tensor:
+        """E_q a - u_k of the numbers among the choices: mass [M, C, K], tokens [M, C] -> [M, C].
+
+        By the distance of each node to what was written, so that rounding of the mass costs little.
+        """
+        nodes = len(self.grid)
+        written = self.basis[tokens][..., :nodes] @ self.grid  # [M, C], 0 for words
+        distance = self.grid - rearrange(written, "m c -> m c 1")
+        on_numbers = mass[..., :nodes]
+        return (on_numbers * distance).sum(dim=-1) / on_numbers.sum(dim=-1).clamp(min=1e-6)
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """values . basis of one token a position: [N, C] -> [N, C]."""
@@ -89,46 +132,57 @@ def others_plan(controls: Tensor, is_whole: Tensor, group_size: int) -> Tensor:
     return rearrange((total - plans) / (count - kept).clamp(min=1), "p g t -> (p g) t")
 
 
-def choice_values(
+def read_plans(
     tokens: Tensor,
     token_values: Tensor,
     eos: int,
     initial_states: Tensor,
     group_size: int,
+    horizon: int,
+) -> Plans:
+    """The plans of completions [N, C] from initial_states [N, 2]; one token a control.
+
+    token_values [V]: the control that a token stands for, NaN for words. On the tokens' device.
+    """
+    sizes = check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
+    written = num_written(tokens, token_values, eos, horizon)
+    controls = token_values[tokens[:, :horizon]].nan_to_num(0.0)
+    missing = initial_states.new_zeros(len(tokens), max(0, horizon - sizes["C"]))
+    own = torch.cat([controls, missing], dim=1)  # [N, T]
+    return Plans(initial_states, own, others_plan(own, written > horizon, group_size), written)
+
+
+def choice_values(
+    plans: Plans,
+    length: int,
+    token_values: Tensor,
+    eos: int,
     plant: DoubleIntegrator,
     reward: Callable[[ParsedControls, Trajectories], Rewards],
 ) -> ChoiceValues:
-    """Simulate every choice of completions [N, C] from initial_states [N, 2], float64.
+    """Simulate every choice at the first `length` tokens of the plans."""
+    horizon, bound = plant.horizon, plant.control_bound
+    initial_states, controls, others = plans.initial_states, plans.own, plans.others
+    device, num_rows = controls.device, len(controls)
 
-    token_values [V]: the control that a token stands for, NaN for words. For one token a control;
-    on the tokens' device.
-    """
-    sizes = check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
-    horizon, bound, length = plant.horizon, plant.control_bound, sizes["C"]
-    written = num_written(tokens, token_values, eos, horizon)
-    controls = token_values[tokens[:, :horizon]].nan_to_num(0.0)
-    missing = initial_states.new_zeros(len(tokens), max(0, horizon - length))
-    controls = torch.cat([controls, missing], dim=1)  # [N, T]
-    others = others_plan(controls, written > horizon, group_size)
-
-    def worth(plans: Tensor, starts: Tensor, is_valid: bool = True) -> Tensor:
-        valid = torch.full((len(plans),), is_valid, device=plans.device)
-        parsed = ParsedControls(plans, valid, torch.full_like(valid, horizon, dtype=torch.int64))
-        return reward(parsed, plant.simulate(starts, plans)).total
+    def worth(written: Tensor, starts: Tensor, is_valid: bool = True) -> Tensor:
+        valid = torch.full((len(written),), is_valid, device=device)
+        parsed = ParsedControls(written, valid, torch.full_like(valid, horizon, dtype=torch.int64))
+        return reward(parsed, plant.simulate(starts, written)).total
 
     malformed = worth(controls[:1], initial_states[:1], is_valid=False)
-    grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=tokens.device)
-    offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=tokens.device)
+    grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=device)
+    offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=device)
     width = max(length, horizon + 1)
-    values = torch.zeros(len(tokens), width, NUM_COLUMNS, device=tokens.device)
-    level = initial_states.new_zeros(len(tokens), width)
-    every_row = torch.arange(len(tokens), device=tokens.device)
-    for rows in torch.split(every_row, 128 if tokens.is_cuda else 16):  # a CPU's cache holds few
+    values = torch.zeros(num_rows, width, NUM_COLUMNS, device=device)
+    level = initial_states.new_zeros(num_rows, width)
+    every_row = torch.arange(num_rows, device=device)
+    for rows in torch.split(every_row, 128 if controls.is_cuda else 16):  # a CPU's cache holds few
         nodes = (rearrange(others[rows], "n k -> n k 1") + offsets).clamp(-bound, bound)
         # In float32, for half the time: the error is 1e-4 of a reward point.
-        plans = changed_plans(controls[rows].float(), others[rows].float(), nodes.float())
+        changed = changed_plans(controls[rows].float(), others[rows].float(), nodes.float())
         starts = repeat(initial_states[rows].float(), "n c -> (n k a) c", k=horizon, a=len(offsets))
-        worths = worth(rearrange(plans, "n k a t -> (n k a) t"), starts)
+        worths = worth(rearrange(changed, "n k a t -> (n k a) t"), starts)
         worths = rearrange(worths, "(n k a) -> n k a", k=horizon, a=len(offsets))
         level[rows, :horizon] = worths[:, :, OFFSETS.index(0.0)]
         worths = worths - rearrange(level[rows, :horizon], "n k -> n k 1")
@@ -137,11 +191,11 @@ def choice_values(
     values[..., NUM_NODES:] = rearrange(malformed - level, "n c -> n c 1").float()
     values[:, horizon, :NUM_NODES] = values[:, horizon, NUM_NODES + 1 :]  # one control too many
     values[:, horizon, NUM_NODES] = 0.0
-    last = rearrange(written.clamp(max=horizon), "n -> n 1")
-    is_over = torch.arange(width, device=tokens.device) > last
+    last = rearrange(plans.num_written.clamp(max=horizon), "n -> n 1")
+    is_over = torch.arange(width, device=device) > last
     values[is_over], level[is_over] = 0.0, 0.0
     basis = token_basis(token_values, grid, eos)
-    return ChoiceValues(values[:, :length], level[:, :length], basis, written)
+    return ChoiceValues(values[:, :length], level[:, :length], basis, grid.float(), plans)
 
 
 def changed_plans(controls: Tensor, others: Tensor, nodes: Tensor) -> Tensor:
@@ -185,7 +239,7 @@ def later_values(
     """
     sizes = check_shapes(tokens=(tokens, "N C"), expected=(expected, "N C"))
     place = torch.arange(sizes["C"], device=tokens.device)
-    exists = place <= rearrange(choices.num_written, "n -> n 1")  # [N, C]
+    exists = place <= rearrange(choices.plans.num_written, "n -> n 1")  # [N, C]
     chosen = choices.level + choices.of_tokens(tokens)
     change = torch.zeros_like(chosen)
     change[:, 1:] = (choices.level + expected)[:, 1:] - chosen[:, :-1]

@@ -192,10 +192,14 @@ class TokenScores:
 
     logprobs: Tensor  # [M, C] log q, nats; its gradient is the policy gradient's
     entropy: Tensor | None = None  # [M, C] of q, nats, without gradient, if it was asked for
-    expected: Tensor | None = None  # [M, C] mean over q of the choice values, if there are any
+    mass: Tensor | None = None  # [M, C, K] of q on each column of a basis, if there is one
 
     def __post_init__(self) -> None:
-        check_shapes(**{name: (value, "M C") for name, value in vars(self).items()})
+        check_shapes(
+            logprobs=(self.logprobs, "M C"),
+            entropy=(self.entropy, "M C"),
+            mass=(self.mass, "M C K"),
+        )
 
 
 def score_logits(
@@ -203,16 +207,15 @@ def score_logits(
     tokens: Tensor,
     support: Tensor | None,
     temperature: float,
-    values: Tensor | None = None,
     basis: Tensor | None = None,
     has_entropy: bool = True,
 ) -> TokenScores:
     """log q(token) and the entropy of q: logits [M, C, V], tokens [M, C], support [M, C, S].
 
     With a support, gathered before the division and the log-sum-exp: work over S values, not V.
-    With the values [M, C, K] of all choices over a basis [V, K] also their mean,
-    sum_a q(a) values . basis[a], and its gradient. The entropy takes a tenth of the time with
-    values and two thirds without.
+    With a basis [V, K] also sum_a q(a) basis[a], and its gradient: the mean of all that is linear
+    in the basis, such as the values of choices. The entropy takes a tenth of the time with it and
+    two thirds without.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:
@@ -228,24 +231,19 @@ def score_logits(
         norm = torch.logsumexp(inside, dim=-1, keepdim=True)  # [M, C, 1]
         logq = (taken - norm).sum(dim=-1)  # of one: fully_shard wants no view
         inside = inside - norm  # log q on the support
-    expected = entropy = None
-    if has_entropy or values is not None:
+    mass = entropy = None
+    if has_entropy or basis is not None:
         q = inside.exp()  # 0 on filler
     if has_entropy:
         with torch.no_grad():
             finite = inside.clamp(min=torch.finfo(inside.dtype).min)  # 0 * -inf is NaN
             entropy = -finite.mul_(q).sum(dim=-1)  # no product, which autocast would round
-    if values is not None and basis is not None:
+    if basis is not None:
         if support is not None:
             everywhere = torch.zeros_like(logits, dtype=q.dtype)
             q = everywhere.scatter_add(-1, support.long().clamp(min=0), q)
-        expected = _mean_value(q, values, basis)
-    return TokenScores(logq, entropy, expected)
-
-
-def _mean_value(q: Tensor, values: Tensor, basis: Tensor) -> Tensor:
-    """sum_a q(a) values . basis[a]: [M, C, V], [M, C, K], [V, K] -> [M, C]."""
-    return (q @ basis.to(q.dtype) * values).sum(dim=-1)
+        mass = q @ basis.to(q.dtype)
+    return TokenScores(logq, entropy, mass)
 
 
 def completion_scores(
@@ -255,7 +253,6 @@ def completion_scores(
     completion_tokens: Tensor,
     support: Tensor | None,
     temperature: float,
-    values: Tensor | None = None,
     basis: Tensor | None = None,
     has_entropy: bool = True,
 ) -> TokenScores:
@@ -275,11 +272,9 @@ def completion_scores(
     formula = fused(score_logits) if model.is_fused else score_logits
 
     def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
-        def score(
-            logits: Tensor, taken: Tensor, kept: Tensor | None, worth: Tensor | None
-        ) -> tuple[Tensor, ...]:
-            scores = formula(logits, taken, kept, 1.0, worth, basis, has_entropy)
-            found = (scores.logprobs, scores.expected, scores.entropy)
+        def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+            scores = formula(logits, taken, kept, 1.0, basis, has_entropy)
+            found = (scores.logprobs, scores.mass, scores.entropy)
             return tuple(column for column in found if column is not None)
 
         if is_padded:
@@ -289,7 +284,7 @@ def completion_scores(
             completions = hidden[:, first:]
         # Divided before the head, which is linear: E numbers of a token instead of V.
         scaled = tempered(completions, temperature)
-        return in_chunks(score, scaled, head_weight, completion_tokens, support, values)
+        return in_chunks(score, scaled, head_weight, completion_tokens, support)
 
     logprobs, *others = model(tokens, None, None, output)
     entropy = others.pop() if has_entropy else None
@@ -302,7 +297,7 @@ def in_chunks(
     head_weight: Tensor,
     *columns: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """function(logits [M, c, V], *columns [M, c, ...]) -> tensors [M, c], over all C positions.
+    """function(logits [M, c, V], *columns [M, c, ...]) -> tensors [M, c, ...], over all C.
 
     Beyond CHUNK_ELEMENTS logits [M, C, V] never exist: c positions of hidden [M, C, E] at a time
     reach the head, and again in the backward pass, which keeps no logits either.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import ChoiceValues, choice_values, later_values
+from minigrpo.counterfactual import ChoiceValues, Plans, choice_values, later_values, read_plans
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
@@ -29,7 +29,7 @@ from minigrpo.grpo import (
     group_advantages,
 )
 from minigrpo.lora import adapters_off
-from minigrpo.policy import ActingPolicy, TokenScores, completion_scores
+from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import Rewards
 from minigrpo.sampling import Completions, StopRule, sample_completions
@@ -68,7 +68,9 @@ class Rollout:
     advantages: Tensor  # [N] float64; [N, C] with `choices`, then of what came after each token
     prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
-    choices: ChoiceValues | None = None  # of every token there was, in units of the advantages
+    choices: ChoiceValues | None = None  # of every token there was, reward points
+    choice_unit: Tensor | None = None  # [N] float32, advantages of one point
+    mean_offsets: Tensor | None = None  # [N, C] mean control when it was sampled, less the drawn
 
     def __post_init__(self) -> None:
         check_shapes(
@@ -84,6 +86,8 @@ class Rollout:
             advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
             values=(None if self.choices is None else self.choices.values, "N C K"),
+            choice_unit=(self.choice_unit, "N"),
+            mean_offsets=(self.mean_offsets, "N C"),
         )
         if (self.choices is None) != (self.advantages.ndim == 1):
             raise ValueError("advantages must have shape [N, C] with choices, and [N] without")
@@ -120,6 +124,15 @@ def act(
     return Experience(completions, texts, parsed, trajectories, reward(parsed, trajectories))
 
 
+@dataclass(frozen=True)
+class RowScores:
+    """Of every sampled token under one policy; the last two with choices."""
+
+    logprobs: Tensor  # [N, C] log q
+    expected: Tensor | None  # [N, C] mean over q of the values of choices
+    mean_offsets: Tensor | None  # [N, C] `ChoiceValues.mean_offset`
+
+
 @torch.no_grad()
 def score_rows(
     model: Transformer,
@@ -129,33 +142,34 @@ def score_rows(
     temperature: float,
     micro_batches: Iterable[Tensor],
     choices: ChoiceValues | None = None,
-) -> TokenScores:
-    """Log q of every sampled token [N, C] by the training forward, without gradient.
+) -> RowScores:
+    """Scores of every sampled token by the training forward, without gradient.
 
-    And the mean over q of `choices`. `micro_batches` are those of the first epoch: other shapes,
-    other rounding, and in bfloat16 a ratio that is not 1 on the first optimizer step.
+    `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
+    ratio that is not 1 on the first optimizer step.
     """
-    support = completions.support
-    pieces = [
-        completion_scores(
+    support, parts = completions.support, []
+    for rows in micro_batches:
+        if not len(rows):
+            continue
+        tokens = completions.tokens[rows]
+        scores = completion_scores(
             model,
             prompt_tokens[rows],
             prompt_mask[rows],
-            completions.tokens[rows],
+            tokens,
             None if support is None else support[rows],
             temperature,
-            None if choices is None else choices.values[rows],
             None if choices is None else choices.basis,
             has_entropy=False,
         )
-        for rows in micro_batches
-        if len(rows)
-    ]
-    means = [piece.expected for piece in pieces if piece.expected is not None]
-    return TokenScores(
-        torch.cat([piece.logprobs for piece in pieces]),
-        expected=torch.cat(means) if means else None,
-    )
+        part = [scores.logprobs]
+        if choices is not None and scores.mass is not None:
+            part.append((scores.mass * choices.values[rows]).sum(dim=-1))
+            part.append(choices.mean_offset(scores.mass, tokens))
+        parts.append(part)
+    logprobs, *others = (torch.cat(column) for column in zip(*parts, strict=True))
+    return RowScores(logprobs, *(others or (None, None)))
 
 
 def minibatches(prompt_places: Tensor, config: GRPOConfig, step: int) -> Iterator[Tensor]:
@@ -196,7 +210,7 @@ def make_rollout(
     )
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     micro = [part for rows in first_epoch for part in torch.split(rows, config.micro_batch_size)]
-    old = ref = expected = None
+    old = ref = scores = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         with gathered(model):
@@ -219,14 +233,15 @@ def make_rollout(
                 scores = score_rows(
                     model, tokens, mask, completions, config.temperature, micro, choices
                 )
-                old, expected = scores.logprobs if is_old else None, scores.expected
+                old = scores.logprobs if is_old else None
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
                 ref = score_rows(
                     reference, tokens, mask, completions, config.temperature, micro
                 ).logprobs
-    advantages, choices = credited(
+    expected = None if scores is None else scores.expected
+    advantages, unit = credited(
         experience.rewards.total, completions.tokens, choices, expected, config
     )
     rollout = Rollout(
@@ -243,6 +258,8 @@ def make_rollout(
         prompt_places=prompt_places,
         group_size=config.group_size,
         choices=choices,
+        choice_unit=unit,
+        mean_offsets=None if scores is None else scores.mean_offsets,
     )
     seconds = {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
     return rollout, experience, seconds
@@ -254,8 +271,8 @@ def credited(
     choices: ChoiceValues | None,
     expected: Tensor | None,
     config: GRPOConfig,
-) -> tuple[Tensor, ChoiceValues | None]:
-    """Advantages [N], or with choices [N, C] and the values, all in units of `advantage_std`.
+) -> tuple[Tensor, Tensor | None]:
+    """Advantages [N]; with choices [N, C], and [N] what a point of their values counts in these.
 
     rewards [N], tokens and expected [N, C]; the rewards of all ranks count for the unit.
     """
@@ -264,10 +281,9 @@ def credited(
     if choices is None or expected is None:
         return group_advantages(rewards, config.group_size, std, everybodys), None
     scale = advantage_scale(rewards, config.group_size, std, everybodys)
-    scale = repeat(scale, "p -> (p g) 1", g=config.group_size).to(tokens.device)
+    unit = repeat(scale, "p -> (p g)", g=config.group_size).to(tokens.device)
     later = later_values(choices, tokens, expected, config.credit_lambda)
-    in_units = choices.values * rearrange(scale.float(), "n 1 -> n 1 1")
-    return scale * later, replace(choices, values=in_units)
+    return rearrange(unit, "n -> n 1") * later, unit.float()
 
 
 def choices_of(
@@ -279,19 +295,31 @@ def choices_of(
 ) -> ChoiceValues:
     """`counterfactual.choice_values` of an experience, on the model's device."""
     tokens = experience.completions.tokens
-    choices = choice_values(
+    plans = read_plans(
         tokens,
         token_values(task.tokenizer, vocab_size).to(tokens.device),
         int(task.tokenizer.eos_token_id),
         experience.trajectories.states[:, 0].to(tokens.device),
         config.group_size,
-        task.plant,
-        reward,
+        task.plant.horizon,
     )
-    is_whole = choices.num_written.cpu() > task.plant.horizon
+    is_whole = plans.num_written.cpu() > task.plant.horizon
     if not torch.equal(is_whole, experience.parsed.is_valid):
         raise ValueError("tokens and text must agree on what is well-formed: one token a control")
-    return choices
+    return choice_simulator(vocab_size, task, reward)(plans, tokens.shape[1])
+
+
+def choice_simulator(
+    vocab_size: int, task: Task, reward: Callable[[ParsedControls, Trajectories], Rewards]
+) -> Callable[[Plans, int], ChoiceValues]:
+    """`counterfactual.choice_values` of plans and a completion length."""
+    values, eos = token_values(task.tokenizer, vocab_size), int(task.tokenizer.eos_token_id)
+
+    def simulate(plans: Plans, length: int) -> ChoiceValues:
+        on_device = values.to(plans.own.device)
+        return choice_values(plans, length, on_device, eos, task.plant, reward)
+
+    return simulate
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:

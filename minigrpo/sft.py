@@ -30,27 +30,19 @@ from minigrpo.distributed import (
     sum_over_ranks,
     whole,
 )
-from minigrpo.optim import set_learning_rate
+from minigrpo.optim import set_learning_rate, smooth_gradients
 from minigrpo.policy import in_chunks, tempered
+from minigrpo.tokenizer import number_kernel
 from minigrpo.transformer import Transformer
 
 
 def smoothing_matrix(values: Tensor, width: float) -> Tensor:
     """Target distribution of each token, [V, V], each row sums to 1.
 
-    S_ij = exp(-(v_i - v_j)^2 / (2 width^2)) / sum_j ...   over number tokens
-    `values` [V] holds the number each token stands for, NaN for the others, which keep all mass on
-    themselves. Width 0 is the identity.
+    S_ij = K_ij / sum_j K_ij, K = `tokenizer.number_kernel`: words keep all mass on themselves.
     """
-    identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    if width == 0:
-        return identity
-    # [V, V], NaN where either is no number
-    distance = rearrange(values, "v -> v 1") - rearrange(values, "w -> 1 w")
-    weights = torch.exp(-0.5 * (distance / width).square())
-    is_pair = ~distance.isnan()
-    weights = torch.where(is_pair, weights, identity)
-    return weights / weights.sum(dim=1, keepdim=True)
+    kernel = number_kernel(values, width)
+    return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def sft_loss(model: Transformer, batch: SFTBatch, smoothing: Tensor | None) -> Tensor:
@@ -112,9 +104,11 @@ def supervised_step(
     config: SFTConfig,
     step: int,
     learning_rate: float,
+    kernel: Tensor | None = None,
 ) -> dict[str, float]:
     """One optimizer step on this rank's rows; the denominator counts all rows and ranks first.
 
+    With `optim.smooth_gradients` by the kernel.
     A gradient that is not finite is not applied; update/grad_norm then says so.
     """
     set_learning_rate(optimizer, learning_rate)
@@ -138,6 +132,7 @@ def supervised_step(
     norm = gradient_norm(model)
     if math.isfinite(norm):
         scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
+        smooth_gradients(model, kernel)
         optimizer.step()
     mean = float(sum_over_ranks(total) / num_labelled)
     return {"loss/total": mean, "update/grad_norm": norm, "update/learning_rate": learning_rate}

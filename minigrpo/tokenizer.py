@@ -132,6 +132,34 @@ def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:
     return values
 
 
+def number_kernel(values: Tensor, width: float) -> Tensor:
+    """How alike tokens are, [V, V]: exp(-(v_i - v_j)^2 / (2 width^2)) of two numbers, else i == j.
+
+    `values` [V] holds the number each token stands for, NaN for words. Width 0 is the identity.
+    """
+    identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
+    if width == 0:
+        return identity
+    # [V, V], NaN where either is no number
+    distance = rearrange(values, "v -> v 1") - rearrange(values, "w -> 1 w")
+    return torch.where(distance.isnan(), identity, torch.exp(-0.5 * (distance / width).square()))
+
+
+def gradient_kernel(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, width: float
+) -> Tensor | None:
+    """S = D^-1/2 K D^-1/2 in float32, [V, V]; K = `number_kernel`, D its row sums; None: width 0.
+
+    Symmetric with eigenvalues from 0 to 1 and the identity among words, so that -S G is downhill
+    wherever -G is not 0 and smooth over numbers (`optim.smooth_gradients`).
+    """
+    if width == 0:
+        return None
+    kernel = number_kernel(token_values(tokenizer, vocab_size), width)
+    scale = kernel.sum(dim=1).rsqrt()
+    return (rearrange(scale, "v -> v 1") * kernel * scale).float()
+
+
 def number_features(values: Tensor, width: int) -> Tensor:
     """Start values of embedding and head rows, [V, width]: sines and cosines of the token's number.
 

@@ -515,8 +515,9 @@ def initialise(
     """Normal weights of variance 1 / fan_in; those into the residual stream shrink with depth.
 
     The last rule is GPT-2's. Biases are 0 and norms 1: no generator but this one has a say.
-    `features` [V, E] are added to the embedding and, scaled by 1 / sqrt(E), to an untied head: a
-    start in which related tokens have related rows.
+    Rows of `features` [V, E] that are not 0 replace the embedding's and, scaled by 1 / sqrt(E), an
+    untied head's: a start in which related tokens have related rows, without noise of their own,
+    which `optim.smooth_gradients` could not take away again.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -531,9 +532,11 @@ def initialise(
             std = 0.02 if name.startswith(("embed", "head")) else parameter.shape[1] ** -0.5 / depth
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         if features is not None:
-            model.embed.weight += features
+            has_any = features.any(dim=1, keepdim=True)  # [V, 1]
+            model.embed.weight.copy_(torch.where(has_any, features, model.embed.weight))
             if model.head is not None:
-                model.head.weight += features * model.config.width**-0.5
+                scaled = features * model.config.width**-0.5
+                model.head.weight.copy_(torch.where(has_any, scaled, model.head.weight))
 
 
 def save_transformer(

@@ -8,13 +8,16 @@ the gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
+from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.distributed import (
     backward,
     gather_rows,
@@ -32,7 +35,7 @@ from minigrpo.grpo import (
     loss_report,
     merge_metrics,
 )
-from minigrpo.optim import set_learning_rate
+from minigrpo.optim import set_learning_rate, smooth_gradients
 from minigrpo.policy import completion_scores
 from minigrpo.rollout import Rollout, minibatches
 from minigrpo.transformer import Transformer
@@ -66,13 +69,23 @@ def update_policy(
     step: int,
     learning_rate: float,
     max_length: int,
+    kernel: Tensor | None = None,
+    simulate: Callable[[Plans, int], ChoiceValues] | None = None,
 ) -> PolicyUpdate:
-    """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate."""
+    """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate.
+
+    With `optim.smooth_gradients` by the kernel. `simulate` finds the values of choices at plans
+    that moved with the policy; None keeps those of the rollout.
+    """
     set_learning_rate(optimizer, learning_rate)
-    parts, norms, entropies, gaps = [], [], [], []
+    parts: list[LossMetrics] = []
+    norms, entropies, gaps = [], [], []
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
-        metrics, entropy, gap = accumulate_gradient(model, rollout, rows, config, max_length)
+        # The first step is at the weights that sampled, where nothing has moved yet.
+        metrics, entropy, gap = accumulate_gradient(
+            model, rollout, rows, config, max_length, simulate if parts else None
+        )
         reduce_gradients(model)
         norm = gradient_norm(model)
         parts.append(metrics)
@@ -82,6 +95,7 @@ def update_policy(
         if not math.isfinite(norm):  # the norm is that of all ranks, so all skip together
             continue
         scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
+        smooth_gradients(model, kernel)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     sums = [merge_metrics(parts).vector(), torch.stack(entropies).sum(), torch.stack(gaps).amax()]
@@ -102,7 +116,12 @@ def update_policy(
 
 
 def accumulate_gradient(
-    model: Transformer, rollout: Rollout, rows: Tensor, config: GRPOConfig, max_length: int
+    model: Transformer,
+    rollout: Rollout,
+    rows: Tensor,
+    config: GRPOConfig,
+    max_length: int,
+    simulate: Callable[[Plans, int], ChoiceValues] | None = None,
 ) -> tuple[LossMetrics, Tensor, Tensor]:
     """Backward over the micro-batches of one optimizer step.
 
@@ -134,8 +153,9 @@ def accumulate_gradient(
                 rollout.completion_tokens[chosen],
                 None if rollout.support is None else rollout.support[chosen],
                 config.temperature,
-                *((None, None) if choices is None else (choices.values[chosen], choices.basis)),
+                None if choices is None else choices.basis,
             )
+        expected = expected_values(rollout, chosen, scores.mass, simulate)
         loss, metrics = grpo_loss(
             scores.logprobs,
             None if rollout.old_logprobs is None else rollout.old_logprobs[chosen],
@@ -147,7 +167,7 @@ def accumulate_gradient(
             config.clip_eps_high,
             config.kl_beta,
             aggregation,
-            scores.expected,
+            expected,
         )
         backward(model, loss)
         parts.append(metrics)
@@ -161,6 +181,31 @@ def accumulate_gradient(
         difference = torch.where(mask, old - rollout.sampling_logprobs[chosen], 0.0)
         gap = torch.maximum(gap, difference.abs().amax())
     return merge_metrics(parts), entropy, gap
+
+
+def expected_values(
+    rollout: Rollout,
+    rows: Tensor,
+    mass: Tensor | None,
+    simulate: Callable[[Plans, int], ChoiceValues] | None,
+) -> Tensor | None:
+    """sum_a q(a) W(a) of some rows [M], in units of the advantages: mass [M, C, K] -> [M, C].
+
+    With `simulate` W is that of plans in which each control has moved as its mean has.
+    """
+    choices, unit, before = rollout.choices, rollout.choice_unit, rollout.mean_offsets
+    if choices is None or unit is None or before is None or mass is None:
+        return None
+    values = choices.values[rows]
+    if simulate is not None:
+        shift = choices.mean_offset(mass.detach(), rollout.completion_tokens[rows]) - before[rows]
+        shift = torch.where(rollout.completion_mask[rows], shift, 0.0)
+        horizon, length = choices.plans.own.shape[1], values.shape[1]
+        padded = shift.new_zeros(len(rows), max(horizon, length))
+        padded[:, :length] = shift
+        bound = float(choices.grid[-1])
+        values = simulate(choices.plans.moved(rows, padded[:, :horizon], bound), length).values
+    return (mass * values).sum(dim=-1) * rearrange(unit[rows], "n -> n 1")
 
 
 def warnings_of(

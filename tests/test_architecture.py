@@ -14,7 +14,7 @@ EDGES = {
     "distributed": "",
     "transformer": "",
     "grpo": "",
-    "optim": "transformer",
+    "optim": "distributed transformer",
     "plots": "",
     "double_integrator": "shapes",
     "policy": "shapes transformer",
@@ -28,12 +28,12 @@ EDGES = {
     "tokenizer": "double_integrator prompts",
     "counterfactual": "shapes double_integrator prompts reward",
     "data": "shapes double_integrator lqr prompts tokenizer",
-    "sft": "config distributed transformer optim policy data",
+    "sft": "config distributed transformer optim policy tokenizer data",
     "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "
     "lora prompts sampling reward tokenizer data",
     "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
     "rollout",
-    "update": "config distributed transformer grpo optim policy rollout",
+    "update": "config counterfactual distributed transformer grpo optim policy rollout",
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer double_integrator lora runs lqr prompts "
     "tokenizer data rollout",

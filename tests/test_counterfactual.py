@@ -11,11 +11,13 @@ from torch import Tensor
 from minigrpo.counterfactual import (
     OFFSETS,
     ChoiceValues,
+    Plans,
     choice_values,
     interpolated,
     later_values,
     num_written,
     others_plan,
+    read_plans,
     token_basis,
 )
 from minigrpo.double_integrator import DoubleIntegrator, Trajectories
@@ -39,6 +41,17 @@ def progress(parsed: ParsedControls, flown: Trajectories) -> Rewards:
 def punishment(parsed: ParsedControls, flown: Trajectories) -> Rewards:
     """Whose malformed text is worth -10."""
     return compute_rewards("punishment", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+
+
+def plans_of(num_rows: int, written: Tensor) -> Plans:
+    """Of zeros, where nothing is simulated."""
+    zeros = torch.zeros(num_rows, 3, dtype=torch.float64)
+    return Plans(zeros[:, :2], zeros, zeros, written)
+
+
+def values_of(tokens: Tensor, starts: Tensor, size: int, reward) -> ChoiceValues:
+    plans = read_plans(tokens, NUMBERS, EOS, starts, size, PLANT.horizon)
+    return choice_values(plans, tokens.shape[1], NUMBERS, EOS, PLANT, reward)
 
 
 def token(control: float) -> int:
@@ -87,7 +100,8 @@ def gradient_by_enumeration(credit_lambda: float) -> tuple[Tensor, Tensor]:
         written = torch.tensor([3 if len(r) == 3 and r[2] == 2 else len(r) - 1 for r in group])
         level = torch.tensor([[5.0, -2.0, 3.0]] * 2).double() * (values != 0).any(dim=-1)
         values = values - level[..., None]
-        choices = ChoiceValues(values, level, torch.eye(3, dtype=torch.float64), written)
+        basis, plans = torch.eye(3, dtype=torch.float64), plans_of(2, written)
+        choices = ChoiceValues(values, level, basis, torch.zeros(2), plans)
         tokens = torch.tensor([[*row, *[2] * (3 - len(row))] for row in group])
         beyond = [torch.full((3,), 1 / 3, dtype=torch.float64)] * 3  # whatever: the row has ended
         q = [
@@ -189,9 +203,9 @@ def worth_of(reward, start: Tensor, plan: Tensor) -> float:
 def test_values_are_rewards_of_plans_with_one_choice_changed(reward, malformed: float) -> None:
     size = 3
     tokens, starts = a_batch(11, size, seed=2)  # 33 rows: two splits
-    choices = choice_values(tokens, NUMBERS, EOS, starts, size, PLANT, reward)
+    choices = values_of(tokens, starts, size, reward)
     written = num_written(tokens, NUMBERS, EOS, 3)
-    assert torch.equal(choices.num_written, written) and written.tolist().count(4) == 31
+    assert torch.equal(choices.plans.num_written, written) and written.tolist().count(4) == 31
     got = torch.einsum("nck,vk->ncv", choices.values, choices.basis).double()
     got += choices.level[:, :, None]  # W_k(a) of every token
     numbers = (~NUMBERS.isnan()).nonzero().flatten().tolist()
@@ -237,10 +251,7 @@ def test_what_a_row_chose_at_k_or_later_does_not_touch_its_values_at_k(k: int) -
     tokens, starts = a_batch(2, 4, seed=3)
     changed = tokens.clone()
     changed[5, k:3] = torch.where(tokens[5, k:3] == token(0.7), token(-0.2), token(0.7))
-    before, after = (
-        choice_values(rows, NUMBERS, EOS, starts, 4, PLANT, progress).values
-        for rows in (tokens, changed)
-    )
+    before, after = (values_of(rows, starts, 4, progress).values for rows in (tokens, changed))
     torch.testing.assert_close(before[5, : k + 1], after[5, : k + 1], rtol=0, atol=1e-4)
     assert (before[5, k + 1] - after[5, k + 1]).abs().max() > 1e-3
     assert (before[4] - after[4]).abs().max() > 1e-3  # its neighbour's mean plan
@@ -249,7 +260,7 @@ def test_what_a_row_chose_at_k_or_later_does_not_touch_its_values_at_k(k: int) -
 
 def test_a_rollout_of_cut_off_rows_has_values_as_wide_as_it_is() -> None:
     tokens, starts = a_batch(2, 2, seed=4)
-    choices = choice_values(tokens[:, :2], NUMBERS, EOS, starts, 2, PLANT, progress)
+    choices = values_of(tokens[:, :2], starts, 2, progress)
     assert choices.values.shape[:2] == (4, 2) and choices.values[0, 0].any()
 
 
@@ -263,7 +274,7 @@ def test_later_values_are_a_slow_loops(credit_lambda: float) -> None:
     tokens = torch.randint(7, (6, length), generator=generator)
     expected = torch.randn(6, length, generator=generator)
     level = torch.randn(6, length, generator=generator, dtype=torch.float64)
-    choices = ChoiceValues(values, level, basis, written)
+    choices = ChoiceValues(values, level, basis, torch.zeros(2), plans_of(6, written))
     got = later_values(choices, tokens, expected, credit_lambda)
     sums = torch.zeros(6, length, dtype=torch.float64)
     for n in range(6):
@@ -294,9 +305,10 @@ def test_the_mean_value_is_over_the_acting_policy_with_its_gradient(
         for m, c, s in itertools.product(range(2), range(3), range(4)):
             if support[m, c, s] >= 0:
                 allowed[m, c, support[m, c, s]] = True
-    got = score_logits(logits, tokens, support, temperature, values, basis)
-    assert got.expected is not None
-    (gradient,) = torch.autograd.grad(got.expected.sum(), logits)
+    got = score_logits(logits, tokens, support, temperature, basis)
+    assert got.mass is not None and got.mass.shape == (2, 3, 4)
+    expected = (got.mass * values).sum(dim=-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
     for m, c in itertools.product(range(2), range(3)):
         weights = [
             math.exp(logits[m, c, a].item() / temperature) * bool(allowed[m, c, a])
@@ -305,12 +317,12 @@ def test_the_mean_value_is_over_the_acting_policy_with_its_gradient(
         q = [weight / sum(weights) for weight in weights]
         worth = [float(values[m, c] @ basis[a]) for a in range(7)]
         mean = sum(p * w for p, w in zip(q, worth, strict=True))
-        assert got.expected[m, c].item() == pytest.approx(mean, rel=1e-10)
+        assert expected[m, c].item() == pytest.approx(mean, rel=1e-10)
         for a in range(7):
             wanted = q[a] * (worth[a] - mean) / temperature
             assert float(gradient[m, c, a]) == pytest.approx(wanted, abs=1e-12)
     plain = score_logits(logits, tokens, support, temperature)
-    assert plain.expected is None and torch.equal(plain.logprobs, got.logprobs)
+    assert plain.mass is None and torch.equal(plain.logprobs, got.logprobs)
 
 
 @pytest.mark.parametrize("is_truncated", [False, True])
@@ -329,13 +341,12 @@ def test_neither_mean_values_nor_their_gradient_depend_on_chunks(
     for elements in (2**27, 3 * 11 * 2):
         monkeypatch.setattr("minigrpo.policy.CHUNK_ELEMENTS", elements)
         model.zero_grad()
-        scores = completion_scores(
-            model, tokens[:, :4], mask, tokens[:, 4:], support, 1.3, values, basis
-        )
-        assert scores.expected is not None
-        (scores.expected * torch.arange(1, 6)).sum().backward()
+        scores = completion_scores(model, tokens[:, :4], mask, tokens[:, 4:], support, 1.3, basis)
+        assert scores.mass is not None
+        expected = (scores.mass * values).sum(dim=-1)
+        (expected * torch.arange(1, 6)).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found.append((scores.expected.detach(), gradient))
+        found.append((expected.detach(), gradient))
     torch.testing.assert_close(found[0], found[1])
     assert found[0][1].abs().max() > 1e-3
 
@@ -358,9 +369,9 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
     def reward(parsed: ParsedControls, flown: Trajectories) -> Rewards:
         return compute_rewards("progress", parsed, flown, plant, QuadraticCost(), RewardWeights())
 
-    choices = choice_values(
-        tokens, numbers, int(tokenizer.eos_token_id), starts, size, plant, reward
-    )
+    eos = int(tokenizer.eos_token_id)
+    rows = read_plans(tokens, numbers, eos, starts, size, 50)
+    choices = choice_values(rows, 51, numbers, eos, plant, reward)
     got = choices.values @ choices.basis.T + choices.level[..., None]  # [8, 51, V]
     controls, errors, sizes = numbers[tokens[:, :50]], [], []
     for n, k in itertools.product((0, 5), (0, 3, 10, 20, 40)):
@@ -381,10 +392,60 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
 def test_products_of_low_precision_spoil_no_mean_value(precision: torch.dtype) -> None:
     """Without the level, which is a hundred points, bfloat16 errs by 0.1 points and more."""
     tokens, starts = a_batch(3, 4, seed=9)
-    choices = choice_values(tokens, NUMBERS, EOS, starts, 4, PLANT, progress)
+    choices = values_of(tokens, starts, 4, progress)
     logits = 3 * torch.randn(12, 5, VOCAB, generator=torch.Generator().manual_seed(10))
     exact = (logits.double().softmax(-1) @ choices.basis.double() * choices.values).sum(-1)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        got = score_logits(logits, tokens, None, 1.0, choices.values, choices.basis).expected
-    assert got is not None
+        mass = score_logits(logits, tokens, None, 1.0, choices.basis).mass
+    assert mass is not None
+    got = (mass * choices.values).sum(dim=-1)
     assert (got - exact).abs().max() < (0.05 if precision == torch.bfloat16 else 1e-4) * 5
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_mean_control_is_that_of_the_numbers_among_the_choices(precision: torch.dtype) -> None:
+    """Less what was written, so that a mass in bfloat16 errs by thousandths of the distance."""
+    tokens, starts = a_batch(3, 4, seed=11)
+    choices = values_of(tokens, starts, 4, progress)
+    logits = 3 * torch.randn(12, 5, VOCAB, generator=torch.Generator().manual_seed(12))
+    numbers = ~NUMBERS.isnan()
+    q = logits[..., numbers].double().softmax(dim=-1)
+    written = NUMBERS[tokens].nan_to_num(0.0)
+    wanted = q @ NUMBERS[numbers] - written
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        mass = score_logits(logits, tokens, None, 1.0, choices.basis).mass
+    assert mass is not None
+    got = choices.mean_offset(mass, tokens)
+    assert (got - wanted).abs().max() < (0.01 if precision == torch.bfloat16 else 1e-5)
+    assert wanted.abs().max() > 0.5
+    none = torch.zeros(12, 5, choices.basis.shape[1])  # all mass on words
+    none[..., -1] = 1.0
+    assert torch.equal(choices.mean_offset(none, tokens), torch.zeros(12, 5))
+
+
+def test_values_of_moved_plans_are_those_of_plans_written_so() -> None:
+    """Each control moved by its own shift, before and after the choice, and held at the bound."""
+    tokens, starts = a_batch(2, 4, seed=13)
+    choices = values_of(tokens, starts, 4, progress)
+    rows = torch.tensor([5, 0, 2])
+    shift = 0.3 * torch.randn(3, 3, generator=torch.Generator().manual_seed(14)).double()
+    shift[2, 1] = 5.0
+    moved = choices.plans.moved(rows, shift, PLANT.control_bound)
+    got = choice_values(moved, 5, NUMBERS, EOS, PLANT, progress)
+    table = torch.einsum("nck,vk->ncv", got.values, got.basis).double() + got.level[..., None]
+    assert moved.own[2, 1] == PLANT.control_bound
+    for i, n in enumerate(rows.tolist()):
+        group = [j for j in range(n // 4 * 4, n // 4 * 4 + 4) if j not in (n, 1, 7)]
+        own = (NUMBERS[tokens[n, :3]] + shift[i]).clamp(-1, 1)
+        others = (NUMBERS[tokens[group, :3]].mean(dim=0) + shift[i]).clamp(-1, 1)
+        for k in range(3):
+            near = (others[k] + torch.tensor(OFFSETS).double()).clamp(-1, 1)
+            worths = [
+                worth_of(progress, starts[n], torch.cat([own[:k], a[None], others[k + 1 :]]))
+                for a in near
+            ]
+            numbers = (~NUMBERS.isnan()).nonzero().flatten()
+            wanted = torch.from_numpy(np.interp(NUMBERS[numbers], near, worths))
+            torch.testing.assert_close(table[i, k, numbers], wanted, rtol=1e-5, atol=1e-4)
+        whole = worth_of(progress, starts[n], own)
+        assert table[i, 3, EOS] == pytest.approx(whole, abs=1e-5)

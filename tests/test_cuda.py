@@ -6,7 +6,7 @@ The CPU is the oracle, in float32 with exact products. Skipped where there is no
 import pytest
 import torch
 
-from minigrpo.counterfactual import choice_values, later_values
+from minigrpo.counterfactual import choice_values, later_values, read_plans
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy, completion_scores
@@ -154,8 +154,12 @@ def test_values_of_choices_are_those_of_the_cpu():
     found = []
     for device in ("cpu", "cuda"):
         rows = tokens.to(device)
-        choices = choice_values(rows, numbers.to(device), eos, starts.to(device), 3, plant, reward)
+        values = numbers.to(device)
+        plans = read_plans(rows, values, eos, starts.to(device), 3, plant.horizon)
+        choices = choice_values(plans, 9, values, eos, plant, reward)
         expected = choices.values.mean(dim=2)
-        found.append([*vars(choices).values(), later_values(choices, rows, expected, 0.7)])
+        parts = [value for value in vars(choices).values() if isinstance(value, torch.Tensor)]
+        parts += [*vars(plans).values(), later_values(choices, rows, expected, 0.7)]
+        found.append([*parts, choices.mean_offset(choices.values.abs(), rows)])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-3)

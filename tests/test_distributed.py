@@ -191,8 +191,11 @@ def grpo_gradients(variants: list[GRPOConfig], nodes: int = 1) -> dict[str, obje
             )
             found[f"gradients {i}"] = torch.stack(seen)
             optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
+            kernel = smoothing_matrix(torch.arange(VOCAB).double(), 0.7)
             for step in range(2):
-                update = update_policy(model, optimizer, rollout, config, step, 1e-2, LENGTH)
+                update = update_policy(
+                    model, optimizer, rollout, config, step, 1e-2, LENGTH, kernel
+                )
                 found[f"metrics {i} {step}"] = torch.tensor([*update.metrics.values()]).double()
             weights = [whole(parameter.detach()).flatten() for parameter in model.parameters()]
             found[f"weights {i}"] = torch.cat(weights)
@@ -293,9 +296,12 @@ def supervised_steps(config: SFTConfig) -> dict[str, object]:
         model = make_model()
         place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
+        kernel = smoothing_matrix(torch.arange(VOCAB).double(), 0.7)
         for step, rows in enumerate((range(5), range(5, 9), range(9, 11))):
             batch = data.rows(torch.tensor(rows[rank() :: world_size()], dtype=torch.int64))
-            metrics = supervised_step(model, optimizer, batch, smoothing, config, step, 1e-2)
+            metrics = supervised_step(
+                model, optimizer, batch, smoothing, config, step, 1e-2, kernel
+            )
             found[f"metrics {step}"] = torch.tensor([*metrics.values()]).double()
         found["weights"] = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
     return found

@@ -54,9 +54,9 @@ def loss_of(model: Transformer, prompts: Tensor, completions: Tensor, kind: str)
     mask = torch.ones_like(prompts, dtype=torch.bool)
     if kind == "values":  # of choices
         values, basis = torch.ones(*completions.shape, 9), torch.ones(model.config.vocab_size, 9)
-        scores = completion_scores(model, prompts, mask, completions, None, 1.5, values, basis)
-        assert scores.expected is not None
-        return scores.logprobs.sum() + scores.expected.sum()
+        scores = completion_scores(model, prompts, mask, completions, None, 1.5, basis)
+        assert scores.mass is not None
+        return scores.logprobs.sum() + (scores.mass * values).sum()
     kept = support if kind == "support" else None
     return completion_scores(model, prompts, mask, completions, kept, 1.5).logprobs.sum()
 

@@ -15,7 +15,9 @@ from minigrpo.optim import (
     linear,
     plateau_factor,
     set_learning_rate,
+    smooth_gradients,
 )
+from minigrpo.transformer import Transformer, TransformerConfig
 
 
 class Model(nn.Module):
@@ -175,3 +177,26 @@ def test_a_run_has_converged_when_its_best_is_old() -> None:
     assert found == [False, False, False, False, True, True]  # an equal one is no new best
     assert not has_converged(scores, 0) and not has_converged([*scores, 6.0], 2)
     assert not has_converged([], 1) and has_converged([2.0, 2.0], 1)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_gradients_of_tables_are_smoothed_once_and_others_not_at_all(is_tied: bool) -> None:
+    model = Transformer(TransformerConfig("llama", 9, 6, 5, 1, 1, 1, 6, tied_head=is_tied))
+    generator = torch.Generator().manual_seed(0)
+    given = {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        given[name] = parameter.grad.clone()
+    kernel = torch.rand(9, 9, generator=generator)
+    smooth_gradients(model, None)
+    assert all(torch.equal(p.grad, given[name]) for name, p in model.named_parameters())
+    smooth_gradients(model, kernel)
+    tables = {"embed.weight"} if is_tied else {"embed.weight", "head.weight"}
+    for name, parameter in model.named_parameters():
+        wanted = given[name]
+        if name in tables:
+            wanted = torch.einsum("vw,we->ve", kernel, wanted)
+        assert torch.allclose(parameter.grad, wanted), name
+    model.embed.weight.grad = None  # frozen, as under adapters
+    smooth_gradients(model, kernel)
+    assert model.embed.weight.grad is None

@@ -444,9 +444,8 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4)
     assert got.abs().max() > 0.1
     assert rollout.choices is not None and rollout.old_logprobs is None
-    torch.testing.assert_close(
-        rollout.choices.values.double(), raw.values.double() * scale[:, :, None], rtol=1e-5, atol=0
-    )
+    assert torch.equal(rollout.choices.values, raw.values)
+    torch.testing.assert_close(rollout.choice_unit, scale[:, 0].float())
     assert rolled(CONFIG)[0].choices is None
 
 

@@ -157,6 +157,26 @@ def step_of(model: Transformer, batch: SFTBatch, rate: float, **changes: object)
     return supervised_step(model, optimizer, batch, None, config, 0, rate)
 
 
+def test_a_step_is_along_the_gradient_of_smoothed_rows():
+    """The embedding and head of a step with plain gradient descent, all else as without."""
+    batch, rate = a_batch(), 0.01
+    kernel = torch.rand(VOCAB, VOCAB, generator=torch.Generator().manual_seed(5)).double()
+    changes = []
+    for used in (None, kernel):
+        model = a_model()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        config = SFTConfig(weight_noise=0.0, max_grad_norm=1e9)
+        optimizer = torch.optim.SGD(model.parameters())
+        metrics = supervised_step(model, optimizer, batch, None, config, 0, rate, used)
+        changes.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+        changes[-1]["norm"] = torch.tensor(metrics["update/grad_norm"])  # before the smoothing
+    tables = {"embed.weight", "head.weight"} & changes[0].keys()
+    assert tables
+    for name, plain in changes[0].items():
+        wanted = kernel @ plain if name in tables else plain
+        assert torch.allclose(changes[1][name], wanted, rtol=0, atol=1e-12), name
+
+
 def parameters_of(model: Transformer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -1,6 +1,7 @@
 """Numbers as tokens, prompts as chat, and the way back to text."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from minigrpo.tokenizer import (
     decode_completions,
     encode_completion,
     encode_prompt,
+    gradient_kernel,
     load_tokenizer,
     number_features,
     number_tokenizer,
@@ -298,6 +300,31 @@ def test_token_values_are_the_numbers_and_nothing_else():
         else:
             assert f"{values[index]:.2f}" == token
     assert values[607:].isnan().all()
+
+
+@pytest.mark.parametrize("width", [0.01, 0.1, 2.0])
+def test_the_gradient_kernel_is_a_slow_loops_and_never_uphill(width: float) -> None:
+    size = len(NUMBER_TOKENIZER) + 2  # a model may have more rows than there are tokens
+    got = gradient_kernel(NUMBER_TOKENIZER, size, width)
+    assert got is not None and got.dtype == torch.float32
+    values = token_values(NUMBER_TOKENIZER, size).tolist()
+    numbers = [i for i, value in enumerate(values) if not math.isnan(value)]
+
+    def kernel(i: int, j: int) -> float:
+        return math.exp(-((values[i] - values[j]) ** 2) / (2 * width**2))
+
+    sums = {i: sum(kernel(i, j) for j in numbers) for i in numbers}
+    for i in (*numbers[:2], numbers[300], numbers[-1]):
+        wanted = torch.zeros(size)
+        for j in numbers:
+            wanted[j] = kernel(i, j) / math.sqrt(sums[i] * sums[j])
+        assert torch.allclose(got[i], wanted, rtol=0, atol=1e-6)
+    words = torch.tensor([math.isnan(value) for value in values])
+    assert torch.equal(got[words], torch.eye(size)[words])
+    assert torch.equal(got, got.T)
+    eigenvalues = torch.linalg.eigvalsh(got.double())
+    assert eigenvalues.min() > -1e-6 and abs(eigenvalues.max() - 1) < 1e-6
+    assert gradient_kernel(NUMBER_TOKENIZER, size, 0.0) is None
 
 
 def test_number_features_have_frequencies_from_0_3_to_20():

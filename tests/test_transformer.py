@@ -528,13 +528,17 @@ def test_a_fresh_model_has_the_spreads_of_its_rule():
         assert abs(weight.std().item() / expected - 1) < 0.04  # 6,144 numbers or more: 4 sigma
 
 
-def test_token_features_are_added_to_the_rows_of_embedding_and_head():
+def test_token_features_replace_the_rows_of_embedding_and_head_and_words_keep_theirs():
     plain, featured = (Transformer(our_model("llama", tied_head=False).config) for _ in range(2))
     features = torch.randn(19, 30, generator=torch.Generator().manual_seed(2))
+    features[:4], features[4, 1:] = 0.0, 0.0  # four words, and a number that is nearly one
     initialise(plain, torch.Generator().manual_seed(3))
     initialise(featured, torch.Generator().manual_seed(3), features)
-    assert torch.equal(featured.embed.weight, plain.embed.weight + features)
-    assert torch.allclose(featured.head.weight, plain.head.weight + features / 30**0.5)
+    assert torch.equal(featured.embed.weight[4:], features[4:])
+    assert torch.allclose(featured.head.weight[4:], features[4:] / 30**0.5)
+    for name in ("embed", "head"):
+        words, usual = (getattr(model, name).weight[:4] for model in (featured, plain))
+        assert torch.equal(words, usual) and words.any()
 
 
 def test_the_stretch_of_llama3_is_kept_in_the_config():

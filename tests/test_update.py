@@ -14,7 +14,7 @@ from torch import Tensor
 import train_grpo
 from minigrpo import update
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import ChoiceValues
+from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.grpo import group_advantages
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy, completion_scores
@@ -71,6 +71,13 @@ def a_rollout(
         "prompt_places": torch.arange(PROMPTS),
     }
     return Rollout(**parts | changes, group_size=GROUP, choices=choices)
+
+
+def some_plans() -> Plans:
+    generator = torch.Generator().manual_seed(8)
+    starts, plans = torch.randn(15, 2, generator=generator), torch.randn(15, 6, generator=generator)
+    written = torch.full((15,), LONGEST)
+    return Plans(starts.double(), plans.double(), plans.double().flip(0), written)
 
 
 def slow_logprobs(model: Transformer, rollout: Rollout, temperature: float) -> list[list[Tensor]]:
@@ -153,8 +160,14 @@ def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
     values = torch.randn(15, LONGEST, 4, generator=generator, dtype=torch.float64)
     basis = torch.randn(VOCAB, 4, generator=generator, dtype=torch.float64)
     level, advantages = torch.randn(2, 15, LONGEST, generator=generator, dtype=torch.float64)
-    choices = ChoiceValues(values, level, basis, torch.full((15,), LONGEST))
-    rollout = a_rollout(advantages=advantages, choices=choices)
+    unit = torch.rand(15, generator=generator, dtype=torch.float64) + 0.5
+    choices = ChoiceValues(values, level, basis, torch.zeros(2).double(), some_plans())
+    rollout = a_rollout(
+        advantages=advantages,
+        choices=choices,
+        choice_unit=unit,
+        mean_offsets=torch.zeros(15, LONGEST).double(),
+    )
     if not is_truncated:
         rollout = replace(rollout, support=None)
     every = [list(range(VOCAB))] * LONGEST
@@ -175,13 +188,71 @@ def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
             a = advantages[n, t]
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
             if 0.8 <= float(ratio.detach()) <= 1.2:
-                gain, num_near = gain + (q * (basis[ids] @ values[n, t])).sum(), num_near + 1
+                gain += unit[n] * (q * (basis[ids] @ values[n, t])).sum()
+                num_near += 1
             weight = 1 / length if aggregation == "grpo" else 1.0
             loss = loss - weight * gain / scale.get(aggregation, 15 * ALLOWED)
     assert 10 < num_near < int(rollout.completion_mask.sum()) - 10
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     got = gradient_by(replace(rollout, old_logprobs=old), replace(CONFIG, aggregation=aggregation))
     assert (got - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
+    """From the second optimizer step on, at controls moved by what their mean has moved since."""
+    generator = torch.Generator().manual_seed(9)
+    values, again = torch.randn(2, 15, LONGEST, 5, generator=generator, dtype=torch.float64)
+    grid, plans = torch.tensor([-1.0, 0.0, 1.0]).double(), some_plans()
+    basis = torch.rand(VOCAB, 5, generator=generator, dtype=torch.float64)
+    level, before = torch.randn(2, 15, LONGEST, generator=generator, dtype=torch.float64)
+    unit = torch.rand(15, generator=generator, dtype=torch.float64) + 0.5
+    choices = ChoiceValues(values, level, basis, grid, plans)
+    rollout = a_rollout(
+        advantages=level, choices=choices, choice_unit=unit, mean_offsets=0.1 * before,
+        old_logprobs=as_matrix(slow_logprobs(a_model().double(), a_rollout(), 0.7)),
+    )  # fmt: skip
+    config = replace(CONFIG, num_minibatches=2, max_grad_norm=1e9)
+    seen: list[Plans] = []
+
+    def simulate(moved: Plans, length: int) -> ChoiceValues:
+        seen.append(moved)
+        rows = (plans.initial_states == moved.initial_states[:, None]).all(dim=2).nonzero()[:, 1]
+        return ChoiceValues(again[rows, :length], level[rows, :length], basis, grid, moved)
+
+    model = a_model().double()
+    gradients: list[Tensor] = []
+    descent = torch.optim.SGD(model.parameters())
+    descent.register_step_pre_hook(lambda *_: gradients.append(gradient_of(model).clone()))
+    update_policy(model, descent, rollout, config, 0, 0.0, ALLOWED, None, simulate)  # rate 0
+    first, second = torch.arange(9), torch.arange(9, 15)  # 3 and 2 groups
+    settings = replace(config, num_minibatches=1)
+    assert torch.allclose(gradients[0], gradient_by(rollout, settings, first), atol=1e-12)
+    changed = replace(rollout, choices=replace(choices, values=again))
+    assert torch.allclose(gradients[1], gradient_by(changed, settings, second), atol=1e-12)
+    assert not torch.allclose(gradients[1], gradient_by(rollout, settings, second), rtol=0.1)
+
+    moved = torch.cat([part.own for part in seen])
+    others = torch.cat([part.others for part in seen])
+    assert torch.equal(torch.cat([part.initial_states for part in seen]), plans.initial_states[9:])
+    for i, n in enumerate(second.tolist()):
+        length = int(rollout.completion_mask[n].sum())
+        prompt = rollout.prompt_tokens[n][rollout.prompt_mask[n]]
+        taken = rollout.completion_tokens[n, :length]
+        with torch.no_grad():
+            z = model(torch.cat([prompt, taken])[None], None, None, logits)[0] / 0.7
+        for t in range(6):
+            shift = 0.0
+            if t < length:
+                ids = [a for a in rollout.support[n, t].tolist() if a >= 0]
+                mass = z[len(prompt) + t - 1][ids].softmax(dim=0) @ basis[ids, :3]
+                mean, written = mass @ grid / mass.sum(), basis[taken[t], :3] @ grid
+                shift = float(mean - written - 0.1 * before[n, t])
+            assert moved[i, t].item() == pytest.approx(
+                min(1.0, max(-1.0, float(plans.own[n, t]) + shift)), abs=1e-9
+            )
+            assert others[i, t].item() == pytest.approx(
+                min(1.0, max(-1.0, float(plans.others[n, t]) + shift)), abs=1e-9
+            )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
