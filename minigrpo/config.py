@@ -370,6 +370,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "rows_per_batch": 1024,
         "gradient_smoothing_width": 0.1,
         "temperature": 1.25,
+        "final_temperature": 1.0,
         "top_p": 1.0,
         "support_size": 32,
         "credit": "choice",
