@@ -6,8 +6,10 @@
     python benchmarks/study.py --figures docs           the pictures of it
 
 benchmarks/results/mean_plan/ are results with an earlier estimator and its defaults: the study of
-commit d6613b6 makes their tables, and only it can make them again. minibatches_32/ are those of
-today's estimator with the defaults of before, made again by the study of commit ea77fbb.
+commit d6613b6 makes their tables, and only it can make them again. minibatches_32/ and
+fixed_values/ are of credit for each control with earlier defaults, made again by the studies of
+commits ea77fbb and 5930634: in both values of choices stayed those of the rollout and every row of
+embedding and head learned alone, and in fixed_values/ the acting temperature was 1.25.
 
 Long arms are evaluated on 512 held-out starts; more_sft_* share GRPO's processor time;
 strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
@@ -59,6 +61,8 @@ MORE_SFT = {
     "4e-3": "--learning-rate 4e-3",
     "strong": "--num-demonstrations 20000",
 }
+# Supervised models that are evaluated alone: flags of train_sft.py.
+SFT_ALONE = {"sft_clean": "--demonstration-noise 0"}
 
 # Short arms: flags of train_grpo.py after SHORT; `sft` before a bar are flags of train_sft.py.
 SHORT_ARMS = {
@@ -72,12 +76,15 @@ SHORT_ARMS = {
     "punishment": "--reward punishment",
     "uncapped_constraints": "--reward-constraints 8 --reward-constraints-cap 1e9",
     "baseline_0": "--reward-baseline 0",
-    "temperature_1": "--temperature 1",
-    "temperature_1_top_p_0.9": "--temperature 1 --top-p 0.9",
+    "fixed_values": "--no-follow-policy",
+    "rows_alone": "--gradient-smoothing-width 0",
+    "rows_alone_throughout": "--gradient-smoothing-width 0 | --gradient-smoothing-width 0",
+    "top_p_0.9": "--top-p 0.9",
+    "temperature_1.25": "--temperature 1.25",
     "temperature_1.5": "--temperature 1.5",
     "temperature_1.5_top_p_0.9": "--temperature 1.5 --top-p 0.9",
     "full_softmax": "--temperature 1.5 --top-p 0.9",
-    "full_softmax_temperature_1": "--temperature 1 --top-p 0.9",
+    "full_softmax_temperature_1": "--top-p 0.9",
     "completion_std_group": "--credit completion --advantage-std group",
     "std_none": "--advantage-std none --max-grad-norm 10",
     "kl_0": "--kl-beta 0",
@@ -93,7 +100,7 @@ SHORT_ARMS = {
     "minibatches_32": "--num-minibatches 32 --learning-rate 2.5e-4",
     "epochs_2": "--num-epochs 2",
     "curriculum": "--curriculum-steps 30",
-    "annealed_temperature": "--final-temperature 1",
+    "annealed_temperature": "--temperature 1.25 --final-temperature 1",
     "plateau": "--plateau-patience 5",
     "adaptive_terminal": "--adaptive-terminal",
     "accuracy": "--reward-terminal 50 --reward-efficiency 5",
@@ -106,11 +113,11 @@ STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
     "default_completion": "--credit completion",
-    "clean": "--demonstration-noise 0 | --steps 160 --decay-steps 80",
+    "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
-LONG_ARMS = (*LONG_GRPO, *(f"more_sft_{rate}" for rate in MORE_SFT))
+LONG_ARMS = (*LONG_GRPO, *SFT_ALONE, *(f"more_sft_{rate}" for rate in MORE_SFT))
 
 
 def train(script: str, folder: Path, flags: list[str]) -> None:
@@ -162,9 +169,11 @@ def errors_by_step(folders: dict[str, Path]) -> dict[str, list[float]]:
 def run_arm(name: str, seed: int, work_dir: Path) -> None:
     """One arm with one seed: train, evaluate, leave the small file."""
     record: dict[str, object] = {"arm": name, "seed": seed}
-    if name.startswith("more_sft"):
-        flags = ["--steps", str(MORE_SFT_STEPS), "--eval-every", "100", "--save-every", "2000"]
-        flags += MORE_SFT[name.removeprefix("more_sft_")].split()
+    if name in SFT_ALONE or name.startswith("more_sft"):
+        flags = SFT_ALONE.get(name, "").split()
+        if name not in SFT_ALONE:
+            flags = ["--steps", str(MORE_SFT_STEPS), "--eval-every", "100", "--save-every", "2000"]
+            flags += MORE_SFT[name.removeprefix("more_sft_")].split()
         folder = trained_sft(flags, seed, work_dir)
         record["flags"] = " ".join(flags)
         record["report"] = evaluated(folder, None, "evaluation", [])
@@ -240,6 +249,10 @@ def main_table() -> str:
         for mode in ("greedy", "sampled") if records_of(name) else ():
             summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]
             rows.append((f"{title}, {mode}", summaries))
+    for name, flags in SFT_ALONE.items():
+        for mode in ("greedy", "sampled") if records_of(name) else ():
+            summaries = [one["report"]["policies"]["sft"][mode] for one in records_of(name)]
+            rows.append((f"SFT with {flags.removeprefix('--')}, {mode}", summaries))
     for rate in MORE_SFT:
         more = records_of(f"more_sft_{rate}")
         for mode in ("greedy", "sampled") if more else ():
