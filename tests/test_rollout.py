@@ -24,6 +24,7 @@ from minigrpo.reward import Rewards
 from minigrpo.rollout import (
     Experience,
     Rollout,
+    choice_simulator,
     choices_of,
     make_rollout,
     minibatches,
@@ -447,6 +448,33 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     assert torch.equal(rollout.choices.values, raw.values)
     torch.testing.assert_close(rollout.choice_unit, scale[:, 0].float())
     assert rolled(CONFIG)[0].choices is None
+
+
+def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others() -> None:
+    """Simulated again before the second optimizer step, the values are those of the rollout."""
+    config = replace(CONFIG, credit="choice", advantage_std="batch", num_minibatches=2)
+    model = a_model()
+    rollout, _ = rolled(config, model=model)
+    assert rollout.choices is not None and rollout.mean_offsets is not None
+    assert rollout.mean_offsets[rollout.completion_mask].abs().max() > 0.3
+    plans, simulate = rollout.choices.plans, choice_simulator(VOCAB, TASK, final_position)
+    seen = []
+
+    def watched(moved, length):
+        seen.append((moved.own, simulate(moved, length).values))
+        return simulate(moved, length)
+
+    again = torch.arange(9, 15)  # the last two of five groups
+    for rate, is_still in ((0.0, True), (0.3, False)):
+        seen.clear()
+        descent = torch.optim.SGD(model.parameters())
+        update_policy(model, descent, rollout, config, 0, rate, 4, None, watched)
+        own, values = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        distance = (own - plans.own[again]).abs().max()
+        assert distance < 1e-5 if is_still else distance > 1e-3
+        if is_still:
+            close = (values - rollout.choices.values[again]).abs().max()
+            assert close < 1e-3 < rollout.choices.values[again].abs().max()
 
 
 def test_the_gradient_of_choices_does_not_depend_on_micro_batches_or_minibatch_scoring() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import untrained_checkpoint
 from torch import Tensor
 
@@ -196,6 +197,41 @@ def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     got = gradient_by(replace(rollout, old_logprobs=old), replace(CONFIG, aggregation=aggregation))
     assert (got - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+def test_the_tables_step_along_smoothed_gradients() -> None:
+    kernel = torch.rand(VOCAB, VOCAB, generator=torch.Generator().manual_seed(4)).double()
+    config, found = replace(CONFIG, max_grad_norm=1e9), []
+    for used in (None, kernel):
+        model = a_model().double()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        descent = torch.optim.SGD(model.parameters())
+        update_policy(model, descent, a_rollout(), config, 0, 0.1, ALLOWED, used)
+        found.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name, plain in found[0].items():
+        wanted = kernel @ plain if name in ("embed.weight", "head.weight") else plain
+        assert torch.allclose(found[1][name], wanted, rtol=0, atol=1e-12), name
+        assert plain.any()
+
+
+@pytest.mark.parametrize("flag", ["--no-follow-policy", "--gradient-smoothing-width 0"])
+def test_what_a_flag_switches_off_is_on_in_training(flag: str, tmp_path: Path) -> None:
+    """Other weights after two optimizer steps of one rollout, or the flag reaches nothing."""
+    found = []
+    for name, more in (("on", ""), ("again", ""), ("off", flag)):
+        usual = (
+            f"--init {tmp_path / 'sft'} --save-dir {tmp_path / name} --steps 1 --eval-every 99 "
+            "--prompts-per-step 4 --group-size 2 --num-minibatches 2 --eval-cases 8 --device cpu "
+            "--learning-rate 0.01 --warmup-steps 0"
+        )
+        if not found:
+            untrained_checkpoint(tmp_path / "sft")
+        train_grpo.main([*usual.split(), *more.split()])
+        folder = tmp_path / name / "checkpoints" / "step-000001"
+        found.append(load_file(folder / "model.safetensors"))
+    on, again, off = found
+    assert all(torch.equal(on[key], again[key]) for key in on)
+    assert any(not torch.equal(on[key], off[key]) for key in on)
 
 
 def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
