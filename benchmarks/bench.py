@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -59,28 +60,38 @@ class Item:
     top_p: float = 1.0  # below 1 with support 32; TRL has no such policy
 
     @property
-    def num_matrix_parameters(self) -> int:
-        """Weights that multiply every token, the head included."""
+    def block_parameters(self) -> int:
+        """Weights that multiply every token."""
         head = self.width // self.num_heads
         attention = self.width * head * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = attention + 3 * self.width * self.mlp_width
-        return self.num_layers * layer + self.width * self.vocab_size
+        return self.num_layers * (attention + 3 * self.width * self.mlp_width)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights that multiply every token of a completion."""
+        return self.width * self.vocab_size
+
+    def scored_gflop(self, num_prompts: int, rows: int) -> float:
+        """A forward over completions, each prompt once; the last token of a row is never fed."""
+        fed = num_prompts * self.prompt_length + rows * (self.length - 1)
+        return 2e-9 * (self.block_parameters * fed + self.head_parameters * rows * self.length)
 
     def floors(self, gflops: float, copy_gb_s: float, is_cuda: bool) -> dict[str, float]:
         """Least seconds of the phases: products at the rate of large ones; CUDA decodes by bytes.
 
-        A prompt is prefilled once a group; a decoded token reads all weights in bfloat16 and, for
+        A prompt is fed once for its group; a decoded token reads all weights in bfloat16 and, for
         each row, the keys and values so far. Backward is two forwards.
         """
-        rows, matrix = self.num_prompts * self.group_size, self.num_matrix_parameters
-        scored = 2e-9 * matrix * rows * (self.prompt_length + self.length) / gflops
+        rows, matrix = self.num_prompts * self.group_size, self.block_parameters
+        prefill = 2e-9 * matrix * self.num_prompts * self.prompt_length / gflops
+        matrix += self.head_parameters
+        scored = self.scored_gflop(self.num_prompts, rows) / gflops
         decode = 2e-9 * matrix * rows * self.length / gflops
         if is_cuda:
             head = self.width // self.num_heads
             context = self.prompt_length + self.length / 2
             cached = 4 * self.num_layers * self.num_kv_heads * head * context * rows
             decode = max(decode, 1e-9 * self.length * (2 * matrix + cached) / copy_gb_s)
-        prefill = 2e-9 * matrix * self.num_prompts * self.prompt_length / gflops
         floors = {"rollout": prefill + decode, "reference": scored, "update": 3 * scored}
         return floors | {"step": sum(floors.values())}
 
@@ -90,7 +101,7 @@ ITEMS = {
     "cpu-128": Item(128, 512, 4, 4, 4, 700, 8, 16, 12, 51),
     "cpu-256": Item(256, 1024, 4, 4, 4, 700, 8, 16, 12, 51),
     "scale": Item(64, 128, 2, 2, 2, 607, 8, 16, 5, 51, 128, 0.9),
-    "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 32),
+    "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 64),
 }
 
 # What the scaling table varies, one at a time: completions, length, width of the model.
@@ -156,8 +167,8 @@ def our_arm(
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=device)
     mask, acting = torch.ones_like(prompts, dtype=torch.bool), ActingPolicy(1.0, item.top_p, 32)
     optimizer = adamw(model, 1e-6, (0.9, 0.999), 0.0)
-    tokens, masks = (x.repeat_interleave(item.group_size, 0) for x in (prompts, mask))
-    rows, before = len(tokens), peak_gb(device)
+    rows, before = item.num_prompts * item.group_size, peak_gb(device)
+    alike = math.gcd(item.group_size, item.micro_batch)
     phases: dict[str, list[float]] = {"rollout": [], "reference": [], "update": [], "step": []}
 
     for step in range(WARM_UP[device] + steps):
@@ -182,8 +193,8 @@ def our_arm(
             kept = [
                 completion_scores(
                     reference,
-                    tokens[c],
-                    masks[c],
+                    prompts[c[::alike] // item.group_size],
+                    mask[c[::alike] // item.group_size],
                     done.tokens[c],
                     part(done.support, c),
                     1.0,
@@ -194,9 +205,10 @@ def our_arm(
         stamps.append(now(device))
         denominator = loss_denominator(done.mask, "dapo", item.length)
         for chosen, ref in zip(chunks, kept, strict=True):
+            whose = chosen[::alike] // item.group_size
             with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
                 scores = completion_scores(
-                    model, tokens[chosen], masks[chosen], done.tokens[chosen],
+                    model, prompts[whose], mask[whose], done.tokens[chosen],
                     part(done.support, chosen), 1.0,
                 )  # fmt: skip
             loss, _ = grpo_loss(
@@ -307,7 +319,8 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
     is_ours = arm.startswith("ours")
     python = sys.executable if is_ours else given.peer_python
     command = [python, __file__, "--arm", arm, "--work", str(folder), "--item", given.item]
-    command += ["--device", given.device, "--steps", str(given.steps)]
+    steps = given.steps if is_ours or given.device == "cpu" else 1  # there one takes half a minute
+    command += ["--device", given.device, "--steps", str(steps)]
     if given.core is not None:
         command = ["taskset", "-c", str(given.core), *command]
     env = dict(FAST if arm in ("trl_tuned", "trl_bf16") else os.environ)
@@ -400,9 +413,8 @@ def ceilings(item: Item, given: argparse.Namespace, folder: Path, report: dict[s
             for n, k in ((item.width, item.mlp_width), (2 * item.mlp_width, item.width)):
                 x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
                 w = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-                rates[f"gemm_{rows}x{k}x{n}_us"] = round(
-                    1e6 * quickest(lambda x=x, w=w: F.linear(x, w), device), 1
-                )  # type: ignore[misc]
+                seconds = replayed(lambda x=x, w=w: F.linear(x, w))  # type: ignore[misc]
+                rates[f"gemm_{rows}x{k}x{n}_us"] = round(1e6 * seconds, 1)
     report["ceilings"] = rates
 
 
@@ -670,8 +682,9 @@ def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
     for is_compiled in (False, True):
         model = load_transformer(folder).cuda()
         model.is_fused = is_compiled
-        for rows in (16, 32):
-            prompts = torch.randint(item.vocab_size, (rows, item.prompt_length), device="cuda")
+        for rows in (32, 64):
+            shape = (rows // item.group_size, item.prompt_length)
+            prompts = torch.randint(item.vocab_size, shape, device="cuda")
             tokens = torch.randint(item.vocab_size, (rows, item.length), device="cuda")
             mask = torch.ones_like(prompts, dtype=torch.bool)
 
@@ -691,7 +704,7 @@ def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
             except torch.cuda.OutOfMemoryError:
                 found[name] = {"failed": "out of memory"}
                 break
-            gflop = 6e-9 * item.num_matrix_parameters * rows * (item.prompt_length + item.length)
+            gflop = 3 * item.scored_gflop(len(prompts), rows)
             found[name] = {
                 "s": round(seconds, 3),
                 "first_s": round(first, 1),

@@ -27,7 +27,7 @@ import torch
 
 from minigrpo.config import RunSettings, Value
 from minigrpo.distributed import local_world_size, max_over_ranks
-from minigrpo.policy import CHUNK_ELEMENTS
+from minigrpo.policy import chunk_elements
 from minigrpo.transformer import TransformerConfig, linear_parts
 
 C = TypeVar("C", bound=RunSettings)
@@ -107,7 +107,7 @@ def memory_estimate(
     block = tokens * _bytes_of_a_block(shape, length - 1, narrow)
     kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
     column = work.micro_rows * shape.vocab_size  # logits of one position
-    chunk = min(max(CHUNK_ELEMENTS, column), column * work.completion_length)
+    chunk = min(max(chunk_elements(work.is_on_cuda), column), column * work.completion_length)
     # At once: logits and gradients of those gathered; without a support also log q, in float32.
     logit = 4 * (narrow if work.support_size else 4)
     logit += 2 * 4 if work.num_nodes else 0  # probabilities of all tokens and their gradient

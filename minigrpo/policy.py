@@ -27,10 +27,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minigrpo.shapes import check_shapes
-from minigrpo.transformer import Transformer, fused
+from minigrpo.transformer import SharedPrompts, Transformer, fused
 
-# Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`).
+# Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`); on a GPU, where
+# a chunk must be large to be worth its own pass over the head's weight, four times as many.
 CHUNK_ELEMENTS = 2**27
+# Prompts of fewer tokens are fed once a row: to share them would cost more than it saves.
+SHARED_FROM = 32
 # Tokens of a block of the vocabulary, where draws and top-p go over it in two levels.
 BLOCK = 128
 LARGE_VOCABULARY = 32 * BLOCK
@@ -173,7 +176,10 @@ def draw_untruncated(
 
 def block_norms(logits: Tensor, temperature: float) -> Tensor:
     """log sum exp(z / temperature) over each block of the vocabulary, [B, V / BLOCK]."""
-    return torch.logsumexp(tempered(_blocks(logits), temperature), dim=-1)
+    blocks = tempered(_blocks(logits), temperature)
+    # Written out, it is fused into one kernel that reads the logits once; logsumexp is not.
+    largest = blocks.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(blocks.dtype).min)
+    return (blocks - largest).exp().sum(dim=-1).log() + largest.squeeze(-1)
 
 
 def _first_above(cdf: Tensor, shares: Tensor) -> Tensor:
@@ -256,10 +262,41 @@ def completion_scores(
     basis: Tensor | None = None,
     has_entropy: bool = True,
 ) -> TokenScores:
-    """Score completions [M, C] after left-padded prompts [M, L], for old, new and reference alike.
+    """Score completions [M, C] after left-padded prompts [P, L], for old, new and reference alike.
 
-    The last completion token is never fed, and only completion positions reach the head, in chunks.
+    A prompt is that of M / P rows that follow one another, and goes once through the model for all
+    of them if it is long and nothing is padded. The last completion token is never fed, and only
+    completion positions reach the head, in chunks.
     """
+    formula = fused(score_logits) if model.is_fused else score_logits
+
+    def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        scores = formula(logits, taken, kept, 1.0, basis, has_entropy)
+        found = (scores.logprobs, scores.mass, scores.entropy)
+        return tuple(column for column in found if column is not None)
+
+    def head(completions: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
+        # Divided before the head, which is linear: E numbers of a token instead of V.
+        scaled = tempered(completions, temperature)
+        return in_chunks(score, scaled, head_weight, completion_tokens, support)
+
+    num_rows, (num_prompts, length) = len(completion_tokens), prompt_tokens.shape
+    if num_rows > num_prompts:
+        if length >= SHARED_FROM and bool(prompt_mask.all()):
+            shared = SharedPrompts(num_prompts, length, num_rows)
+            tokens = torch.cat([prompt_tokens.flatten(), completion_tokens[:, :-1].flatten()])
+            found = model(
+                rearrange(tokens, "t -> 1 t"),
+                None,
+                None,
+                lambda hidden, weight: head(shared.last_of_prompts_and_rows(hidden), weight),
+                shared,
+            )
+            return _scores(found, has_entropy)
+        group = num_rows // num_prompts
+        prompt_tokens, prompt_mask = (
+            repeat(x, "p l -> (p g) l", g=group) for x in (prompt_tokens, prompt_mask)
+        )
     tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
     # Padding goes to the right, where it needs no mask: no real token comes after it, and what is
     # scored there is masked.
@@ -269,26 +306,23 @@ def completion_scores(
     if is_padded:
         tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
 
-    formula = fused(score_logits) if model.is_fused else score_logits
-
     def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
-        def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
-            scores = formula(logits, taken, kept, 1.0, basis, has_entropy)
-            found = (scores.logprobs, scores.mass, scores.entropy)
-            return tuple(column for column in found if column is not None)
+        if not is_padded:
+            return head(hidden[:, first:], head_weight)
+        index = repeat(places[first:] - pads, "m c -> m c e", e=hidden.shape[2])
+        return head(hidden.gather(1, index), head_weight)
 
-        if is_padded:
-            index = repeat(places[first:] - pads, "m c -> m c e", e=hidden.shape[2])
-            completions = hidden.gather(1, index)  # [M, C, E]
-        else:
-            completions = hidden[:, first:]
-        # Divided before the head, which is linear: E numbers of a token instead of V.
-        scaled = tempered(completions, temperature)
-        return in_chunks(score, scaled, head_weight, completion_tokens, support)
+    return _scores(model(tokens, None, None, output), has_entropy)
 
-    logprobs, *others = model(tokens, None, None, output)
+
+def _scores(found: tuple[Tensor, ...], has_entropy: bool) -> TokenScores:
+    logprobs, *others = found
     entropy = others.pop() if has_entropy else None
     return TokenScores(logprobs, entropy, *others)
+
+
+def chunk_elements(is_on_cuda: bool) -> int:
+    return CHUNK_ELEMENTS * (4 if is_on_cuda else 1)
 
 
 def in_chunks(
@@ -299,14 +333,21 @@ def in_chunks(
 ) -> tuple[Tensor, ...]:
     """function(logits [M, c, V], *columns [M, c, ...]) -> tensors [M, c, ...], over all C.
 
-    Beyond CHUNK_ELEMENTS logits [M, C, V] never exist: c positions of hidden [M, C, E] at a time
+    Beyond `chunk_elements` logits [M, C, V] never exist: c positions of hidden [M, C, E] at a time
     reach the head, and again in the backward pass, which keeps no logits either.
     """
 
-    def piece(part: Tensor, weight: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
-        return function(F.linear(part, weight), *parts)
+    device = hidden.device.type
+    is_mixed, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[0] * head_weight.shape[0]))
+    def piece(part: Tensor, weight: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        # A rounded weight of its own for each chunk: gradients of one that they share would be
+        # added up in bfloat16.
+        with torch.autocast(device, dtype, enabled=is_mixed, cache_enabled=False):
+            logits = F.linear(part, weight)
+        return function(logits, *parts)
+
+    step = max(1, chunk_elements(hidden.is_cuda) // max(1, hidden.shape[0] * len(head_weight)))
     if step >= hidden.shape[1]:
         return piece(hidden, head_weight, *columns)
     step = math.ceil(hidden.shape[1] / math.ceil(hidden.shape[1] / step))  # of nearly equal size

@@ -7,6 +7,7 @@ repeated by the same einops pattern as its tokens.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -141,9 +142,12 @@ def score_rows(
     completions: Completions,
     temperature: float,
     micro_batches: Iterable[Tensor],
+    num_alike: int,
     choices: ChoiceValues | None = None,
 ) -> RowScores:
     """Scores of every sampled token by the training forward, without gradient.
+
+    In a micro-batch every `num_alike` rows that follow one another have one prompt.
 
     `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
     ratio that is not 1 on the first optimizer step.
@@ -155,8 +159,8 @@ def score_rows(
         tokens = completions.tokens[rows]
         scores = completion_scores(
             model,
-            prompt_tokens[rows],
-            prompt_mask[rows],
+            prompt_tokens[rows[::num_alike]],
+            prompt_mask[rows[::num_alike]],
             tokens,
             None if support is None else support[rows],
             temperature,
@@ -188,6 +192,11 @@ def minibatches(prompt_places: Tensor, config: GRPOConfig, step: int) -> Iterato
             yield repeat(mine, "p -> (p g)", g=config.group_size).nonzero().flatten()
 
 
+def rows_per_prompt(config: GRPOConfig) -> int:
+    """Rows of one prompt that follow one another in every micro-batch, however groups are cut."""
+    return math.gcd(config.micro_batch_size, config.group_size)
+
+
 def make_rollout(
     model: Transformer,
     reference: Transformer | None,
@@ -210,6 +219,7 @@ def make_rollout(
     )
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     micro = [part for rows in first_epoch for part in torch.split(rows, config.micro_batch_size)]
+    alike = rows_per_prompt(config)
     old = ref = scores = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -231,14 +241,14 @@ def make_rollout(
             is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
             if is_old or choices is not None:
                 scores = score_rows(
-                    model, tokens, mask, completions, config.temperature, micro, choices
+                    model, tokens, mask, completions, config.temperature, micro, alike, choices
                 )
                 old = scores.logprobs if is_old else None
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
                 ref = score_rows(
-                    reference, tokens, mask, completions, config.temperature, micro
+                    reference, tokens, mask, completions, config.temperature, micro, alike
                 ).logprobs
     expected = None if scores is None else scores.expected
     advantages, unit = credited(

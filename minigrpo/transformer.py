@@ -352,9 +352,13 @@ class Block(nn.Module):
         if tokens.is_fused:
             before, after = fused(before), fused(after)
         q, k, v = before(self, h, tokens.cos, tokens.sin)
+        if tokens.shared is not None:
+            q, k, v = (tokens.shared.spread(x) for x in (q, k, v))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         mixed = attend(q, k.to(q.dtype), v.to(q.dtype), tokens.bias, tokens.is_causal)
+        if tokens.shared is not None:
+            mixed = tokens.shared.pack(mixed)
         return after(self, h, mixed)
 
 
@@ -385,6 +389,56 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @dataclass(frozen=True)
+class SharedPrompts:
+    """P prompts of L tokens, each before G of M = P G rows of Q tokens, packed into one sequence.
+
+    Its P L + M Q tokens are those of the prompts, then those of the rows: all that looks at single
+    tokens does a prompt's once and not once a row. Attention alone sees M rows of L + Q. No padding
+    in the prompts.
+    """
+
+    num_prompts: int
+    prompt_length: int
+    num_rows: int
+
+    def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        size = self.num_prompts * self.prompt_length
+        of_prompts, of_rows = torch.split(x, [size, x.shape[dim] - size], dim=dim)
+        return of_prompts, of_rows
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[1, H, P L + M Q, D] -> [M, H, L + Q, D]."""
+        prompts, rows = self._parts(x, 2)
+        group = self.num_rows // self.num_prompts
+        sizes = {"p": self.num_prompts, "g": group}
+        prompts = repeat(prompts, "1 h (p l) d -> (p g) h l d", **sizes)
+        return torch.cat([prompts, rearrange(rows, "1 h (m q) d -> m h q d", m=self.num_rows)], 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[M, H, L + Q, D] -> [1, H, P L + M Q, D]; of a prompt's copies the first is kept."""
+        prompts, rows = x[:: self.num_rows // self.num_prompts], x[:, :, self.prompt_length :]
+        prompts = rearrange(prompts[:, :, : self.prompt_length], "p h l d -> 1 h (p l) d")
+        return torch.cat([prompts, rearrange(rows, "m h q d -> 1 h (m q) d")], dim=2)
+
+    def positions(self, of_row: Tensor) -> Tensor:
+        """Those of all packed tokens, [1, P L + M Q], from those of one row [1, L + Q]."""
+        prompt, rest = of_row[:, : self.prompt_length], of_row[:, self.prompt_length :]
+        return torch.cat([prompt.repeat(1, self.num_prompts), rest.repeat(1, self.num_rows)], 1)
+
+    def row_length(self, num_tokens: int) -> int:
+        """L + Q."""
+        size = self.num_prompts * self.prompt_length
+        return self.prompt_length + (num_tokens - size) // self.num_rows
+
+    def last_of_prompts_and_rows(self, hidden: Tensor) -> Tensor:
+        """What predicts each token of the rows and one more: [1, P L + M Q, E] -> [M, 1 + Q, E]."""
+        prompts, rows = self._parts(hidden, 1)
+        last = rearrange(prompts, "1 (p l) e -> p l e", p=self.num_prompts)[:, -1]
+        first = repeat(last, "p e -> (p g) 1 e", g=self.num_rows // self.num_prompts)
+        return torch.cat([first, rearrange(rows, "1 (m q) e -> m q e", m=self.num_rows)], dim=1)
+
+
+@dataclass(frozen=True)
 class NewTokens:
     """What all blocks share of a forward pass: the places of the new tokens, and what they see."""
 
@@ -393,6 +447,7 @@ class NewTokens:
     bias: Tensor | None  # [B or 1, 1, Q, K], 0 or -inf; None: `is_causal` decides
     is_causal: bool  # without a bias: each sees those before it; False: all keys
     is_fused: bool
+    shared: SharedPrompts | None = None
 
 
 def rotary(
@@ -449,17 +504,21 @@ class Transformer(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         output: Callable[[Tensor, Tensor], R],
+        shared: SharedPrompts | None = None,
     ) -> R:
         """output(hidden [B, Q, E], head_weight [V, E]) of the new tokens [B, Q].
 
         `mask` [B, K] is True on real tokens, cached ones included; None says that there is no
         padding. Positions count real tokens. `output` runs inside so that the head can go over
-        chunks of positions, and sharded parameters are gathered when it does.
+        chunks of positions, and sharded parameters are gathered when it does. With `shared` the
+        tokens are its packed ones, B = 1, without mask and cache.
         """
         hidden, seen = self.embed(tokens), cache.length if cache else 0
-        positions, bias, is_causal = _positions_and_bias(tokens, mask, seen, hidden.dtype)
+        one = tokens if shared is None else tokens[:, : shared.row_length(tokens.shape[1])]
+        positions, bias, is_causal = _positions_and_bias(one, mask, seen, hidden.dtype)
+        positions = positions if shared is None else shared.positions(positions)
         cos, sin = rotary(positions, self.config, hidden.dtype)
-        new = NewTokens(cos, sin, bias, is_causal, self.is_fused)
+        new = NewTokens(cos, sin, bias, is_causal, self.is_fused, shared)
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
                 hidden = checkpoint(block, hidden, new, None, layer, use_reentrant=False)

@@ -37,7 +37,7 @@ from minigrpo.grpo import (
 )
 from minigrpo.optim import set_learning_rate, smooth_gradients
 from minigrpo.policy import completion_scores
-from minigrpo.rollout import Rollout, minibatches
+from minigrpo.rollout import Rollout, minibatches, rows_per_prompt
 from minigrpo.transformer import Transformer
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -145,11 +145,12 @@ def accumulate_gradient(
         is_real = len(chosen) > 0
         chosen = chosen if is_real else nobody
         mask = rollout.completion_mask[chosen] & is_real
+        prompts = chosen[:: rows_per_prompt(config)]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             scores = completion_scores(
                 model,
-                rollout.prompt_tokens[chosen],
-                rollout.prompt_mask[chosen],
+                rollout.prompt_tokens[prompts],
+                rollout.prompt_mask[prompts],
                 rollout.completion_tokens[chosen],
                 None if rollout.support is None else rollout.support[chosen],
                 config.temperature,

@@ -108,9 +108,13 @@ def test_a_graph_sees_the_weights_of_now():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_scores_and_gradients_are_those_of_the_cpu(model_type, padded, is_fused):
+@pytest.mark.parametrize("shared_from", [1, 99])
+def test_scores_and_gradients_are_those_of_the_cpu(
+    model_type, padded, is_fused, shared_from, monkeypatch
+):
+    monkeypatch.setattr("minigrpo.policy.SHARED_FROM", shared_from)
     model, prompts, mask, _, _ = work(model_type, padded)
-    tokens = torch.randint(2, model.config.vocab_size, (len(prompts), 11))
+    tokens = torch.randint(2, model.config.vocab_size, (2 * len(prompts), 11))
     found = []
     for device in ("cpu", "cuda"):
         model = model.to(device)

@@ -294,6 +294,44 @@ def test_what_follows_a_token_does_not_change_its_score():
     assert shorter.logprobs.shape == (5, 1)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("has_checkpoints", [False, True])
+def test_a_prompt_fed_once_for_its_rows_changes_neither_scores_nor_gradient(
+    model_type, length, has_checkpoints, monkeypatch
+):
+    """Three prompts of seven tokens, two rows each: 21 + 6 Q tokens are fed, not 6 (7 + Q)."""
+    generator = torch.Generator().manual_seed(4)
+    prompts = torch.randint(17, (3, 7), generator=generator)
+    tokens = torch.randint(17, (6, length), generator=generator)
+    weights = torch.randn(6, length, generator=generator).double()
+    model = a_model(model_type=model_type).train()
+    model.gradient_checkpointing = has_checkpoints
+    fed = []
+    model.embed.register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].numel()))
+    found = []
+    for each, least in ((prompts.repeat_interleave(2, 0), 1), (prompts, 1), (prompts, 8)):
+        monkeypatch.setattr(policy, "SHARED_FROM", least)
+        model.zero_grad()
+        mask = torch.ones_like(each, dtype=torch.bool)
+        scores = completion_scores(model, each, mask, tokens, None, 1.2)
+        (weights * scores.logprobs).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((scores.logprobs.detach(), scores.entropy, gradient))
+    assert fed == [6 * (6 + length), 21 + 6 * (length - 1), 6 * (6 + length)]
+    for apart, shared, short in zip(*found, strict=True):
+        assert torch.allclose(shared, apart, rtol=1e-10, atol=1e-12)
+        assert torch.equal(short, apart)
+
+
+def test_prompts_with_padding_are_fed_once_a_row(monkeypatch):
+    monkeypatch.setattr(policy, "SHARED_FROM", 1)
+    model, (prompts, mask, tokens, support) = a_model(), a_batch()
+    twice = [x.repeat_interleave(2, 0) for x in (prompts, mask, tokens, support)]
+    wanted = completion_scores(model, *twice, 1.5).logprobs
+    assert torch.equal(completion_scores(model, prompts, mask, *twice[2:], 1.5).logprobs, wanted)
+
+
 @pytest.mark.parametrize("truncated", [True, False])
 @pytest.mark.parametrize("positions", [1, 3, 10, 11])
 def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positions, monkeypatch):
@@ -320,6 +358,17 @@ def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positi
         results.append((scores.logprobs.detach(), scores.entropy, gradient))
     for whole, chunked in zip(*results, strict=True):
         assert torch.allclose(whole, chunked, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_chunks_add_up_in_float32(monkeypatch):
+    """512 equal chunks in bfloat16: a sum that is rounded to 8 bits at every addend stops short."""
+    hidden = torch.ones(1, 512, 4)
+    head = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = policy.in_chunks(lambda z: (z.float().sum(dim=-1),), hidden, head)
+    found.sum().backward()
+    assert torch.allclose(head.grad, torch.full((6, 4), 512.0))
 
 
 def test_a_rank_without_rows_has_scores_and_a_zero_gradient():

@@ -13,7 +13,7 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import update
+from minigrpo import policy, update
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.grpo import group_advantages
@@ -48,18 +48,19 @@ def a_rollout(
     """Prompts and completions of mixed length; what lies outside of the masks is garbage."""
     generator, num_rows = torch.Generator().manual_seed(2), PROMPTS * GROUP
     shape = (num_rows, LONGEST)
-    starts = torch.randint(4, (num_rows, 1), generator=generator)
+    starts = torch.randint(4, (PROMPTS, 1), generator=generator).repeat_interleave(GROUP, 0)
     lengths = torch.randint(1, LONGEST + 1, (num_rows, 1), generator=generator)
     lengths[3] = LONGEST
     order = torch.rand(*shape, VOCAB, generator=generator).argsort(dim=-1)
     support = order[..., :5].masked_fill(torch.rand(*shape, 5, generator=generator) < 0.3, -1)
     support[..., 2] = order[..., 2]
+    prompts = torch.randint(VOCAB, (PROMPTS, 4), generator=generator)
     mask = torch.arange(LONGEST) < lengths
     garbage = torch.where(mask, 0.0, torch.nan)
     rewards = torch.randn(num_rows, generator=generator, dtype=torch.float64)
     rewards[6:9] = 1.0  # a group that teaches nothing
     parts = {
-        "prompt_tokens": torch.randint(VOCAB, (num_rows, 4), generator=generator),
+        "prompt_tokens": prompts.repeat_interleave(GROUP, 0),
         "prompt_mask": torch.arange(4) >= starts,
         "completion_tokens": order[..., 2],
         "completion_mask": mask,
@@ -292,11 +293,20 @@ def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_neither_gradient_nor_metrics_depend_on_the_micro_batch_size(aggregation: str) -> None:
-    """Off policy, clipped tokens and KL included; the rows have 1 to 7 tokens."""
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_neither_gradient_nor_metrics_depend_on_the_micro_batch_size(
+    aggregation: str, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off policy, clipped tokens and KL included; the rows have 1 to 7 tokens.
+
+    Nor on how many rows of one prompt that leaves together, which share it where it is not padded.
+    """
+    monkeypatch.setattr(policy, "SHARED_FROM", 1)
     old = as_matrix(slow_logprobs(a_model().double(), a_rollout(), CONFIG.temperature))
     drift = 0.6 * torch.randn(old.shape, generator=torch.Generator().manual_seed(5)).double()
     rollout = a_rollout(old_logprobs=old + drift, ref_logprobs=old - 2 * drift)
+    if not is_padded:
+        rollout = replace(rollout, prompt_mask=torch.ones_like(rollout.prompt_mask))
     config = replace(CONFIG, aggregation=aggregation, kl_beta=0.1)
     whole, model = replace(config, micro_batch_size=PROMPTS * GROUP), a_model().double()
     rows = torch.arange(PROMPTS * GROUP)
