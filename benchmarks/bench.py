@@ -101,7 +101,7 @@ ITEMS = {
     "cpu-128": Item(128, 512, 4, 4, 4, 700, 8, 16, 12, 51),
     "cpu-256": Item(256, 1024, 4, 4, 4, 700, 8, 16, 12, 51),
     "scale": Item(64, 128, 2, 2, 2, 607, 8, 16, 5, 51, 128, 0.9),
-    "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 64),
+    "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 128),
 }
 
 # What the scaling table varies, one at a time: completions, length, width of the model.
@@ -259,10 +259,12 @@ def trl_arm(
         return reward_of(completion_ids)
 
     rows = item.num_prompts * item.group_size
+    # On a GPU its logits of a micro-batch in float32, several times over, must fit.
+    micro_batch = min(rows, item.micro_batch, 32 if device == "cuda" else rows)
     config = trl.GRPOConfig(
         output_dir=str(folder / "trl"), use_cpu=device == "cpu", bf16=is_mixed, tf32=None,
-        gradient_checkpointing=False, per_device_train_batch_size=min(rows, item.micro_batch),
-        gradient_accumulation_steps=max(1, rows // item.micro_batch),
+        gradient_checkpointing=False, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows // micro_batch,
         num_generations=item.group_size, max_completion_length=item.length, beta=0.01,
         temperature=1.0, top_p=1.0, top_k=0, loss_type="dapo", learning_rate=1e-6,
         max_steps=1 + steps, max_grad_norm=1.0, save_strategy="no", report_to="none",

@@ -410,9 +410,10 @@ class SharedPrompts:
         """[1, H, P L + M Q, D] -> [M, H, L + Q, D]."""
         prompts, rows = self._parts(x, 2)
         group = self.num_rows // self.num_prompts
-        sizes = {"p": self.num_prompts, "g": group}
-        prompts = repeat(prompts, "1 h (p l) d -> (p g) h l d", **sizes)
-        return torch.cat([prompts, rearrange(rows, "1 h (m q) d -> m h q d", m=self.num_rows)], 2)
+        prompts = rearrange(prompts, "1 h (p l) d -> p 1 h l d", p=self.num_prompts)
+        rows = rearrange(rows, "1 h (p g q) d -> p g h q d", p=self.num_prompts, g=group)
+        whole = torch.cat([prompts.expand(-1, group, -1, -1, -1), rows], dim=3)
+        return rearrange(whole, "p g h s d -> (p g) h s d")
 
     def pack(self, x: Tensor) -> Tensor:
         """[M, H, L + Q, D] -> [1, H, P L + M Q, D]; of a prompt's copies the first is kept."""

@@ -229,6 +229,29 @@ def test_a_support_of_one_token_has_logprob_zero_and_no_gradient():
     assert scores.logprobs == 0 and not z.grad.any()
 
 
+@pytest.mark.parametrize("is_banned", [False, True])
+def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
+    generator = torch.Generator().manual_seed(5)
+    z = (3 * torch.randn(2, 5, 13, generator=generator)).double()
+    tokens = torch.randint(6, (2, 5), generator=generator)
+    if is_banned:
+        z[:, :, 7] = -torch.inf
+    weights = torch.randn(2, 5, generator=generator).double()
+    found = []
+    for way in (score_logits, policy.score_untruncated):
+        rest = (None, 1.0) if way is score_logits else (True, False)
+        leaf = z.clone().requires_grad_()
+        scores = way(leaf, tokens, *rest)
+        (weights * scores.logprobs).sum().backward()
+        found.append((scores.logprobs.detach(), scores.entropy, leaf.grad))
+    for theirs, ours in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert policy.score_untruncated(z, tokens, False, False).entropy is None
+    half = z.bfloat16().requires_grad_()
+    policy.score_untruncated(half, tokens, False, False).logprobs.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
 def test_half_precision_logits_are_scored_in_float32():
     z = rows_of(3, 6, 13, "distinct").view(2, 3, 13).bfloat16()
     tokens = torch.randint(13, (2, 3), generator=torch.Generator().manual_seed(0))
