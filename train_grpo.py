@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,7 +50,6 @@ from minigrpo.distributed import (
     rank,
     world_size,
 )
-from minigrpo.double_integrator import Trajectories
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.lora import add_adapters
@@ -60,8 +60,13 @@ from minigrpo.optim import (
     linear,
     plateau_factor,
 )
-from minigrpo.prompts import ParsedControls
-from minigrpo.reward import Rewards, RewardWeights, breakdown_line, compute_rewards
+from minigrpo.reward import (
+    RewardFunction,
+    RewardKind,
+    RewardWeights,
+    breakdown_line,
+    tally_rewards,
+)
 from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
 from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
 from minigrpo.tokenizer import gradient_kernel
@@ -100,7 +105,7 @@ def batch_arithmetic(config: GRPOConfig) -> str:
 
 def reward_function(
     config: GRPOConfig, task: Task, final_errors: Sequence[float] = ()
-) -> Callable[[ParsedControls, Trajectories], Rewards]:
+) -> RewardFunction:
     """The reward that the flags describe; `final_errors` of the steps so far, for its rate."""
     rate = RewardWeights.terminal_rate
     if config.adaptive_terminal and final_errors:
@@ -119,11 +124,8 @@ def reward_function(
         validity=config.reward_validity,
     )
 
-    def reward(parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
-        kind = config.reward
-        return compute_rewards(kind, parsed, trajectories, task.plant, task.cost, weights)
-
-    return reward
+    kind, horizon = cast(RewardKind, config.reward), task.plant.horizon
+    return partial(tally_rewards, kind=kind, horizon=horizon, weights=weights)
 
 
 def prompts_of_step(
@@ -205,7 +207,7 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
 
 def schedules(
     config: GRPOConfig, task: Task, step: int, training: Training
-) -> tuple[GRPOConfig, float, Callable[[ParsedControls, Trajectories], Rewards]]:
+) -> tuple[GRPOConfig, float, RewardFunction]:
     """Settings of the acting policy, learning rate and reward of one step."""
     acting = config
     if config.final_temperature:

@@ -23,7 +23,6 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ from minigrpo.lqr import lqr_controls, trajectory_cost
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, compute_rewards
-from minigrpo.rollout import act
+from minigrpo.rollout import write_plans
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
 
@@ -201,8 +200,8 @@ def _plan(
         tries, length = attempt + 1, task.max_completion_length
         group = token_uniforms(seed, prompts.indices, tries, length, "evaluation")  # [P * tries, C]
         uniforms = group[attempt::tries]
-    reward = partial(_reward, task)
-    written = act(model, prompts, 1, task, acting or UNTRUNCATED, uniforms, reward, rows).parsed
+    policy = acting or UNTRUNCATED
+    _, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows)
     columns = [share, written.controls, written.is_valid, written.num_values]
     places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
     order = torch.empty(len(starts), dtype=torch.int64)

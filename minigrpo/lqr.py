@@ -39,13 +39,18 @@ class QuadraticCost:
 def trajectory_cost(trajectories: Trajectories, cost: QuadraticCost) -> Tensor:
     """The cost [N] of each trajectory, with the controls as applied."""
     position, velocity = trajectories.states.unbind(dim=2)
-    state_costs = cost.position * position.square() + cost.velocity * velocity.square()  # [N, T+1]
+    state_costs = state_cost(position, velocity, cost)  # [N, T+1]
     control_costs = cost.control * trajectories.controls.square()  # [N, T]
     return (
         state_costs[:, :-1].sum(dim=1)
         + control_costs.sum(dim=1)
         + cost.terminal * state_costs[:, -1]
     )
+
+
+def state_cost(position: Tensor, velocity: Tensor, cost: QuadraticCost) -> Tensor:
+    """x' Q x of each state."""
+    return cost.position * position.square() + cost.velocity * velocity.square()
 
 
 def lqr_gain(plant: DoubleIntegrator, cost: QuadraticCost) -> Tensor:

@@ -24,6 +24,7 @@ malformed text has -10. Unbounded and stepped, it pays for breaking the format: 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -34,6 +35,8 @@ from minigrpo.double_integrator import DoubleIntegrator, Trajectories
 from minigrpo.lqr import QuadraticCost, trajectory_cost
 from minigrpo.prompts import ParsedControls
 from minigrpo.shapes import check_shapes
+
+RewardKind = Literal["progress", "punishment"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,55 @@ class Rewards:
         )
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Sums over a trajectory and its two ends: all that a reward reads of it. [N] each."""
+
+    initial: Tensor  # d_0
+    final: Tensor  # d_T
+    distance: Tensor  # sum of d_k, k = 0..T
+    effort: Tensor  # sum of abs(u_k), as applied, m/s^2
+    change: Tensor  # sum of abs(u_k - u_{k-1}), m/s^2
+    cost: Tensor  # `lqr.trajectory_cost`
+    num_outside: Tensor  # states k = 1..T out of bounds
+    starts_outside: Tensor  # bool, state 0 is
+    num_excessive: Tensor  # controls written out of bounds
+
+    def __post_init__(self) -> None:
+        check_shapes(**{name: (value, "N") for name, value in vars(self).items()})
+
+
+# Of tallies and which of them are of valid text, [N] bool.
+RewardFunction = Callable[[Tally, Tensor], Rewards]
+
+
+def tally_of(
+    parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
+) -> Tally:
+    """The sums of N texts, each over its own trajectory."""
+    check_shapes(written=(parsed.controls, "N T"), applied=(trajectories.controls, "N T"))
+    controls = trajectories.controls
+    distances = distance_from_rest(*trajectories.states.unbind(dim=2))  # [N, T+1]
+    return Tally(
+        initial=distances[:, 0],
+        final=distances[:, -1],
+        distance=distances.sum(dim=1),
+        effort=controls.abs().sum(dim=1),
+        change=controls.diff(dim=1).abs().sum(dim=1),
+        cost=trajectory_cost(trajectories, cost),
+        num_outside=trajectories.num_violations,
+        starts_outside=trajectories.states[:, 0].abs().amax(dim=1) > plant.state_bound,
+        num_excessive=(parsed.controls.abs() > plant.control_bound).sum(dim=1),
+    )
+
+
+def distance_from_rest(position: Tensor, velocity: Tensor) -> Tensor:
+    """d of the module's docstring; six times faster than norm(dim=2) on time-major memory."""
+    return (position.square() + velocity.square()).sqrt()
+
+
 def compute_rewards(
-    kind: Literal["progress", "punishment"],
+    kind: RewardKind,
     parsed: ParsedControls,
     trajectories: Trajectories,
     plant: DoubleIntegrator,
@@ -83,74 +133,59 @@ def compute_rewards(
     weights: RewardWeights,
 ) -> Rewards:
     """Rewards of N texts, each from its own trajectory's start; `weights` are for `progress`."""
-    check_shapes(written=(parsed.controls, "N T"), applied=(trajectories.controls, "N T"))
+    tally = tally_of(parsed, trajectories, plant, cost)
+    return tally_rewards(tally, parsed.is_valid, kind, plant.horizon, weights)
+
+
+def tally_rewards(
+    tally: Tally, is_valid: Tensor, kind: RewardKind, horizon: int, weights: RewardWeights
+) -> Rewards:
+    """Rewards of tallies, whichever way they were made; is_valid [N] bool."""
     match kind:
         case "progress":
-            components = progress_rewards(parsed, trajectories, plant, cost, weights)
+            components = progress_rewards(tally, horizon, weights)
         case "punishment":
-            components = punishment_rewards(parsed, trajectories, plant, cost)
+            components = punishment_rewards(tally)
         case _:
             raise ValueError(f"kind must be progress or punishment, got {kind}")
+    # where, not times 0: nothing of an invalid row may leak
+    components = {
+        name: torch.where(is_valid, value.double(), 0.0) for name, value in components.items()
+    }
+    if kind == "punishment":
+        components["malformed"] = torch.where(is_valid, 0.0, -10.0).double()
     return Rewards(components, torch.stack(list(components.values())).sum(dim=0))
 
 
-def progress_rewards(
-    parsed: ParsedControls,
-    trajectories: Trajectories,
-    plant: DoubleIntegrator,
-    cost: QuadraticCost,
-    weights: RewardWeights,
-) -> dict[str, Tensor]:
-    """The nine components [N] of the progress reward, float64; 0 for malformed text."""
-    controls = trajectories.controls
-    position, velocity = trajectories.states.unbind(dim=2)
-    # Six times faster than norm(dim=2) on time-major memory; [N, T+1]
-    distances = (position.square() + velocity.square()).sqrt()
-    initial, final = distances[:, 0].double(), distances[:, -1].double()  # [N]
+def progress_rewards(tally: Tally, horizon: int, weights: RewardWeights) -> dict[str, Tensor]:
+    """The nine components [N] of the progress reward of valid text, float64."""
+    initial, final = tally.initial.double(), tally.final.double()
     progress = torch.where(
         initial < 1e-6, (final < 0.1).double(), ((initial - final) / initial).clamp(min=0)
     )
-    num_changes = max(1, plant.horizon - 1)  # horizon 1 has none, and its sum is 0
-    mean_change = controls.diff(dim=1).abs().sum(dim=1).double() / num_changes  # [N]
-    violations = _count_violations(parsed, trajectories, plant)
-    starts_outside = trajectories.states[:, 0].abs().amax(dim=1) > plant.state_bound
-    num_outside = trajectories.num_violations + starts_outside  # of the T+1 states
-    share_inside = 1 - num_outside.double() / (plant.horizon + 1)
-    components = {
+    num_changes = max(1, horizon - 1)  # horizon 1 has none, and its sum is 0
+    share_inside = 1 - (tally.num_outside + tally.starts_outside).double() / (horizon + 1)
+    violations = (tally.num_excessive + tally.num_outside).double()
+    return {
         "baseline": torch.full_like(final, weights.baseline),
         "progress": weights.progress * progress,
-        "proximity": weights.proximity * torch.exp(-2 * distances.mean(dim=1).double()),
+        "proximity": weights.proximity * torch.exp(-2 * tally.distance.double() / (horizon + 1)),
         "terminal": weights.terminal * torch.exp(-weights.terminal_rate * final),
-        "efficiency": weights.efficiency * torch.exp(-controls.abs().mean(dim=1).double()),
-        "smoothness": weights.smoothness * torch.exp(-2 * mean_change),
-        "lqr": -weights.lqr * torch.tanh(trajectory_cost(trajectories, cost).double() / 200),
+        "efficiency": weights.efficiency * torch.exp(-tally.effort.double() / horizon),
+        "smoothness": weights.smoothness * torch.exp(-2 * tally.change.double() / num_changes),
+        "lqr": -weights.lqr * torch.tanh(tally.cost.double() / 200),
         "constraints": -(weights.constraints * violations).clamp(max=weights.constraints_cap),
         "validity": weights.validity * (share_inside - 0.5),
     }
-    # where, not times 0: nothing of an invalid row may leak
-    return {name: torch.where(parsed.is_valid, value, 0.0) for name, value in components.items()}
 
 
-def punishment_rewards(
-    parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
-) -> dict[str, Tensor]:
-    """The components [N] of the punishment reward, float64; malformed text can beat valid."""
-    final = trajectories.states[:, -1].double().norm(dim=1)  # [N]
-    components = {
-        "cost": -trajectory_cost(trajectories, cost).double() / 10,
-        "success": 25.0 * (final < 0.1).double() + 25.0 * (final < 0.05).double(),
-        "constraints": -10 * _count_violations(parsed, trajectories, plant),
+def punishment_rewards(tally: Tally) -> dict[str, Tensor]:
+    """The components [N] of the punishment reward of valid text; malformed text can beat it."""
+    return {
+        "cost": -tally.cost.double() / 10,
+        "success": 25.0 * (tally.final < 0.1).double() + 25.0 * (tally.final < 0.05).double(),
+        "constraints": -10 * (tally.num_excessive + tally.num_outside).double(),
     }
-    valid = {name: torch.where(parsed.is_valid, value, 0.0) for name, value in components.items()}
-    return valid | {"malformed": torch.where(parsed.is_valid, 0.0, -10.0).double()}
-
-
-def _count_violations(
-    parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator
-) -> Tensor:
-    """Controls written, and states reached, out of bounds: [N] float64."""
-    written = (parsed.controls.abs() > plant.control_bound).sum(dim=1)  # [N]
-    return (written + trajectories.num_violations).double()
 
 
 def breakdown_line(rewards: Rewards, row: int) -> str:

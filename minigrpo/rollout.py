@@ -32,7 +32,7 @@ from minigrpo.grpo import (
 from minigrpo.lora import adapters_off
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
-from minigrpo.reward import Rewards
+from minigrpo.reward import RewardFunction, Rewards, tally_of
 from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.shapes import check_shapes
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
@@ -94,21 +94,16 @@ class Rollout:
             raise ValueError("advantages must have shape [N, C] with choices, and [N] without")
 
 
-def act(
+def write_plans(
     model: Transformer,
     prompts: Prompts,
     group_size: int,
     task: Task,
     acting: ActingPolicy,
     uniforms: Tensor | None,
-    reward: Callable[[ParsedControls, Trajectories], Rewards],
     rows_per_batch: int,
-) -> Experience:
-    """Sample, parse, simulate and score G completions for each prompt; `uniforms` None is greedy.
-
-    The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees
-    equal rewards (if not values of choices, which are many more plans, to the last bit).
-    """
+) -> tuple[Completions, list[str], ParsedControls]:
+    """Sample and parse G completions for each prompt; `uniforms` None is greedy."""
     device = next(model.parameters()).device
     tokens, mask = prompts.tokens.to(device), prompts.mask.to(device)
     drawn = None if uniforms is None else uniforms.to(device)
@@ -120,9 +115,31 @@ def act(
     )
     texts = decode_completions(task.tokenizer, completions.tokens, completions.mask)
     parsed = parse_controls(texts, completions.ended.cpu(), task.plant, task.codec)
+    return completions, texts, parsed
+
+
+def act(
+    model: Transformer,
+    prompts: Prompts,
+    group_size: int,
+    task: Task,
+    acting: ActingPolicy,
+    uniforms: Tensor,
+    reward: RewardFunction,
+    rows_per_batch: int,
+) -> Experience:
+    """Sample, parse, simulate and score G completions for each prompt.
+
+    The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees
+    equal rewards (if not values of choices, which are many more plans, to the last bit).
+    """
+    completions, texts, parsed = write_plans(
+        model, prompts, group_size, task, acting, uniforms, rows_per_batch
+    )
     starts = repeat(prompts.initial_states, "p two -> (p g) two", g=group_size)  # [N, 2]
     trajectories = task.plant.simulate(starts, parsed.controls)
-    return Experience(completions, texts, parsed, trajectories, reward(parsed, trajectories))
+    rewards = reward(tally_of(parsed, trajectories, task.plant, task.cost), parsed.is_valid)
+    return Experience(completions, texts, parsed, trajectories, rewards)
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ def make_rollout(
     prompt_places: Tensor,
     config: GRPOConfig,
     task: Task,
-    reward: Callable[[ParsedControls, Trajectories], Rewards],
+    reward: RewardFunction,
 ) -> tuple[Rollout, Experience, dict[str, float]]:
     """One rollout with the current weights, its text side, and the seconds of each phase."""
     began = time.perf_counter()
@@ -301,7 +318,7 @@ def choices_of(
     vocab_size: int,
     task: Task,
     config: GRPOConfig,
-    reward: Callable[[ParsedControls, Trajectories], Rewards],
+    reward: RewardFunction,
 ) -> ChoiceValues:
     """`counterfactual.choice_values` of an experience, on the model's device."""
     tokens = experience.completions.tokens
@@ -320,14 +337,14 @@ def choices_of(
 
 
 def choice_simulator(
-    vocab_size: int, task: Task, reward: Callable[[ParsedControls, Trajectories], Rewards]
+    vocab_size: int, task: Task, reward: RewardFunction
 ) -> Callable[[Plans, int], ChoiceValues]:
     """`counterfactual.choice_values` of plans and a completion length."""
     values, eos = token_values(task.tokenizer, vocab_size), int(task.tokenizer.eos_token_id)
 
     def simulate(plans: Plans, length: int) -> ChoiceValues:
         on_device = values.to(plans.own.device)
-        return choice_values(plans, length, on_device, eos, task.plant, reward)
+        return choice_values(plans, length, on_device, eos, task.plant, task.cost, reward)
 
     return simulate
 

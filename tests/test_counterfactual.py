@@ -20,11 +20,11 @@ from minigrpo.counterfactual import (
     read_plans,
     token_basis,
 )
-from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, lqr_controls
-from minigrpo.policy import completion_scores, score_logits
+from minigrpo.policy import completion_scores, score_all, score_logits
 from minigrpo.prompts import Codec, ParsedControls
-from minigrpo.reward import Rewards, RewardWeights, compute_rewards
+from minigrpo.reward import Rewards, RewardWeights, Tally, compute_rewards, tally_rewards
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
@@ -34,13 +34,13 @@ VOCAB, EOS = len(TOKENIZER), int(TOKENIZER.eos_token_id)
 NUMBERS = token_values(TOKENIZER, VOCAB)
 
 
-def progress(parsed: ParsedControls, flown: Trajectories) -> Rewards:
-    return compute_rewards("progress", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+def progress(tally: Tally, is_valid: Tensor) -> Rewards:
+    return tally_rewards(tally, is_valid, "progress", PLANT.horizon, RewardWeights())
 
 
-def punishment(parsed: ParsedControls, flown: Trajectories) -> Rewards:
+def punishment(tally: Tally, is_valid: Tensor) -> Rewards:
     """Whose malformed text is worth -10."""
-    return compute_rewards("punishment", parsed, flown, PLANT, QuadraticCost(), RewardWeights())
+    return tally_rewards(tally, is_valid, "punishment", PLANT.horizon, RewardWeights())
 
 
 def plans_of(num_rows: int, written: Tensor) -> Plans:
@@ -51,7 +51,7 @@ def plans_of(num_rows: int, written: Tensor) -> Plans:
 
 def values_of(tokens: Tensor, starts: Tensor, size: int, reward) -> ChoiceValues:
     plans = read_plans(tokens, NUMBERS, EOS, starts, size, PLANT.horizon)
-    return choice_values(plans, tokens.shape[1], NUMBERS, EOS, PLANT, reward)
+    return choice_values(plans, tokens.shape[1], NUMBERS, EOS, PLANT, QuadraticCost(), reward)
 
 
 def token(control: float) -> int:
@@ -195,14 +195,17 @@ def a_batch(num_groups: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def worth_of(reward, start: Tensor, plan: Tensor) -> float:
+    """Of the whole plan, simulated for itself."""
     one = ParsedControls(plan[None], torch.tensor([True]), torch.tensor([3]))
-    return float(reward(one, PLANT.simulate(start[None], plan[None])).total)
+    kind = reward.__name__
+    flown = PLANT.simulate(start[None], plan[None])
+    return float(compute_rewards(kind, one, flown, PLANT, QuadraticCost(), RewardWeights()).total)
 
 
 @pytest.mark.parametrize("reward, malformed", [(progress, 0.0), (punishment, -10.0)])
 def test_values_are_rewards_of_plans_with_one_choice_changed(reward, malformed: float) -> None:
     size = 3
-    tokens, starts = a_batch(11, size, seed=2)  # 33 rows: two splits
+    tokens, starts = a_batch(11, size, seed=2)  # 33 rows
     choices = values_of(tokens, starts, size, reward)
     written = num_written(tokens, NUMBERS, EOS, 3)
     assert torch.equal(choices.plans.num_written, written) and written.tolist().count(4) == 31
@@ -287,10 +290,11 @@ def test_later_values_are_a_slow_loops(credit_lambda: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("is_truncated", [False, True])
+@pytest.mark.parametrize("way", ["truncated", "formula", "by hand"])
 def test_the_mean_value_is_over_the_acting_policy_with_its_gradient(
-    temperature: float, is_truncated: bool
+    temperature: float, way: str
 ) -> None:
+    """`score_logits`, and `score_all`, whose gradient is written out."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64).requires_grad_()
     values = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
@@ -298,30 +302,38 @@ def test_the_mean_value_is_over_the_acting_policy_with_its_gradient(
     tokens = torch.tensor([[1, 2, 0], [4, 5, 6]])
     support = None
     allowed = torch.ones(2, 3, 7).bool()
-    if is_truncated:
+    if way == "truncated":
         support = torch.tensor([[1, 3, 6, -1], [2, 0, -1, -1], [0, 5, 4, 1]]).repeat(2, 1, 1)
         support[1] = torch.tensor([[4, 0, -1, -1], [5, -1, -1, -1], [6, 2, 3, 1]])
         allowed = torch.zeros(2, 3, 7).bool()
         for m, c, s in itertools.product(range(2), range(3), range(4)):
             if support[m, c, s] >= 0:
                 allowed[m, c, support[m, c, s]] = True
-    got = score_logits(logits, tokens, support, temperature, basis)
+    plain = score_logits(logits, tokens, support, temperature)
+    if way == "by hand":
+        got = score_all(logits / temperature, tokens, basis, True)
+    else:
+        got = score_logits(logits, tokens, support, temperature, basis)
     assert got.mass is not None and got.mass.shape == (2, 3, 4)
+    assert got.entropy is not None and not got.entropy.requires_grad
+    assert torch.equal(got.entropy, plain.entropy)
     expected = (got.mass * values).sum(dim=-1)
-    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    weights = torch.tensor([[0.5, -1.0, 2.0], [0.0, 3.0, -0.7]]).double()  # of the taken tokens
+    (gradient,) = torch.autograd.grad((expected + weights * got.logprobs).sum(), logits)
     for m, c in itertools.product(range(2), range(3)):
-        weights = [
+        odds = [
             math.exp(logits[m, c, a].item() / temperature) * bool(allowed[m, c, a])
             for a in range(7)
         ]
-        q = [weight / sum(weights) for weight in weights]
+        q = [one / sum(odds) for one in odds]
         worth = [float(values[m, c] @ basis[a]) for a in range(7)]
         mean = sum(p * w for p, w in zip(q, worth, strict=True))
         assert expected[m, c].item() == pytest.approx(mean, rel=1e-10)
         for a in range(7):
             wanted = q[a] * (worth[a] - mean) / temperature
+            is_taken = a == tokens[m, c].item()
+            wanted += float(weights[m, c]) * (is_taken - q[a]) / temperature
             assert float(gradient[m, c, a]) == pytest.approx(wanted, abs=1e-12)
-    plain = score_logits(logits, tokens, support, temperature)
     assert plain.mass is None and torch.equal(plain.logprobs, got.logprobs)
 
 
@@ -366,12 +378,12 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
     tokens = torch.cat([(plans * 100).round().long() + 300 + first, torch.zeros(8, 1).long()], 1)
     tokens[:, 50] = int(tokenizer.eos_token_id)
 
-    def reward(parsed: ParsedControls, flown: Trajectories) -> Rewards:
-        return compute_rewards("progress", parsed, flown, plant, QuadraticCost(), RewardWeights())
+    def reward(tally: Tally, is_valid: Tensor) -> Rewards:
+        return tally_rewards(tally, is_valid, "progress", 50, RewardWeights())
 
     eos = int(tokenizer.eos_token_id)
     rows = read_plans(tokens, numbers, eos, starts, size, 50)
-    choices = choice_values(rows, 51, numbers, eos, plant, reward)
+    choices = choice_values(rows, 51, numbers, eos, plant, QuadraticCost(), reward)
     got = choices.values @ choices.basis.T + choices.level[..., None]  # [8, 51, V]
     controls, errors, sizes = numbers[tokens[:, :50]], [], []
     for n, k in itertools.product((0, 5), (0, 3, 10, 20, 40)):
@@ -382,7 +394,10 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
         changed = torch.cat([controls[n, :k], others[k:]]).repeat(31, 1)
         changed[:, k] = numbers[places]
         written = ParsedControls(changed, torch.ones(31).bool(), torch.full((31,), 50))
-        exact = reward(written, plant.simulate(starts[n].repeat(31, 1), changed)).total
+        flown = plant.simulate(starts[n].repeat(31, 1), changed)
+        exact = compute_rewards(
+            "progress", written, flown, plant, QuadraticCost(), RewardWeights()
+        ).total
         errors.append((got[n, k, places] - exact).abs().mean())
         sizes.append(exact.std())
     assert torch.stack(errors).mean() < 0.1 * torch.stack(sizes).mean()
@@ -394,6 +409,7 @@ def test_products_of_low_precision_spoil_no_mean_value(precision: torch.dtype) -
     tokens, starts = a_batch(3, 4, seed=9)
     choices = values_of(tokens, starts, 4, progress)
     logits = 3 * torch.randn(12, 5, VOCAB, generator=torch.Generator().manual_seed(10))
+    logits[..., NUMBERS.isnan()] -= 3.0
     exact = (logits.double().softmax(-1) @ choices.basis.double() * choices.values).sum(-1)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         mass = score_logits(logits, tokens, None, 1.0, choices.basis).mass
@@ -431,7 +447,7 @@ def test_values_of_moved_plans_are_those_of_plans_written_so() -> None:
     shift = 0.3 * torch.randn(3, 3, generator=torch.Generator().manual_seed(14)).double()
     shift[2, 1] = 5.0
     moved = choices.plans.moved(rows, shift, PLANT.control_bound)
-    got = choice_values(moved, 5, NUMBERS, EOS, PLANT, progress)
+    got = choice_values(moved, 5, NUMBERS, EOS, PLANT, QuadraticCost(), progress)
     table = torch.einsum("nck,vk->ncv", got.values, got.basis).double() + got.level[..., None]
     assert moved.own[2, 1] == PLANT.control_bound
     for i, n in enumerate(rows.tolist()):

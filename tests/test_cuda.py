@@ -11,7 +11,7 @@ from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import Codec
-from minigrpo.reward import RewardWeights, compute_rewards
+from minigrpo.reward import RewardWeights, tally_rewards
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
@@ -152,15 +152,15 @@ def test_values_of_choices_are_those_of_the_cpu():
     tokens[5, 2] = eos
     starts = torch.rand(300, 2, generator=generator, dtype=torch.float64) - 0.5
 
-    def reward(parsed, flown):
-        return compute_rewards("progress", parsed, flown, plant, QuadraticCost(), RewardWeights())
+    def reward(tally, is_valid):
+        return tally_rewards(tally, is_valid, "progress", plant.horizon, RewardWeights())
 
     found = []
     for device in ("cpu", "cuda"):
         rows = tokens.to(device)
         values = numbers.to(device)
         plans = read_plans(rows, values, eos, starts.to(device), 3, plant.horizon)
-        choices = choice_values(plans, 9, values, eos, plant, reward)
+        choices = choice_values(plans, 9, values, eos, plant, QuadraticCost(), reward)
         expected = choices.values.mean(dim=2)
         parts = [value for value in vars(choices).values() if isinstance(value, torch.Tensor)]
         parts += [*vars(plans).values(), later_values(choices, rows, expected, 0.7)]

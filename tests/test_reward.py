@@ -20,6 +20,7 @@ from minigrpo.reward import (
     compute_rewards,
     progress_rewards,
     punishment_rewards,
+    tally_of,
 )
 
 PLANT, COST, WEIGHTS = DoubleIntegrator(), QuadraticCost(), RewardWeights()
@@ -400,11 +401,12 @@ def test_mistakes_of_ours_are_errors():
         RewardWeights(lqr=-15.0)
 
 
-def test_the_functions_beside_each_other_take_the_same_records():
+def test_both_rewards_read_the_same_tally():
     starts, controls = draw(3)
     parsed = ParsedControls(controls, torch.ones(3, dtype=torch.bool), torch.full((3,), 50))
     trajectories = PLANT.simulate(starts, controls)
-    progress = progress_rewards(parsed, trajectories, PLANT, COST, WEIGHTS)
-    punishment = punishment_rewards(parsed, trajectories, PLANT, COST)
+    tally = tally_of(parsed, trajectories, PLANT, COST)
+    progress, punishment = progress_rewards(tally, 50, WEIGHTS), punishment_rewards(tally)
     assert list(progress) == NAMES
-    assert list(punishment) == ["cost", "success", "constraints", "malformed"]
+    assert list(punishment) == ["cost", "success", "constraints"]
+    assert all(len(value) == 3 for value in [*progress.values(), *punishment.values()])

@@ -15,12 +15,12 @@ from minigrpo.checkpoint import make_task
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import later_values
 from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
-from minigrpo.double_integrator import DoubleIntegrator, Trajectories
+from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy, completion_scores
-from minigrpo.prompts import Codec, ParsedControls
-from minigrpo.reward import Rewards
+from minigrpo.prompts import Codec
+from minigrpo.reward import Rewards, Tally
 from minigrpo.rollout import (
     Experience,
     Rollout,
@@ -82,11 +82,11 @@ def a_model(seed: int = 1) -> Writer:
     return model
 
 
-def final_position(parsed: ParsedControls, flown: Trajectories) -> Rewards:
+def final_distance(tally: Tally, is_valid: Tensor) -> Rewards:
     """Depends on the start and on every control; 0 for malformed text."""
-    valid = parsed.is_valid.double()
-    parts = {"bonus": 10 * valid, "position": valid * flown.states[:, -1, 0]}
-    return Rewards(parts, parts["bonus"] + parts["position"])
+    valid = is_valid.double()
+    parts = {"bonus": 10 * valid, "distance": valid * tally.final.double()}
+    return Rewards(parts, parts["bonus"] + parts["distance"])
 
 
 def rolled(
@@ -99,7 +99,7 @@ def rolled(
     where = torch.arange(len(prompts.texts)) if places is None else places
     rollout, experience, seconds = make_rollout(
         a_model() if model is None else model, reference, prompts, where, config, TASK,
-        final_position,
+        final_distance,
     )  # fmt: skip
     assert min(seconds.values()) >= 0
     return rollout, experience
@@ -119,7 +119,7 @@ def reward_by_hand(prompt: str, text: str, ended: bool) -> float:
     for word in words:
         position += 0.1 * velocity + 0.005 * float(word)
         velocity += 0.1 * float(word)
-    return 10 + position
+    return 10 + math.hypot(position, velocity)
 
 
 def test_each_completion_is_scored_on_its_own_start_and_compared_within_its_group() -> None:
@@ -133,7 +133,7 @@ def test_each_completion_is_scored_on_its_own_start_and_compared_within_its_grou
         assert torch.equal(rollout.prompt_tokens[n], PROMPTS.tokens[n // 3])
         assert torch.equal(experience.trajectories.states[n, 0], STARTS[n // 3])
     assert rollout.rewards.tolist() == pytest.approx(by_hand, abs=1e-12)
-    assert by_hand.count(0.0) in range(1, 8)  # malformed rows exist, and they stay
+    assert by_hand.count(0.0) in range(1, 9)  # malformed rows exist, and they stay
     for p in range(5):
         group = by_hand[3 * p : 3 * p + 3]
         mean = sum(group) / 3
@@ -368,7 +368,7 @@ def test_metrics_are_those_of_slow_loops(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = {
         "reward/total": sum(float(r) for r in rewards) / 15,
         "reward/bonus": sum(float(parts["bonus"][n]) for n in rows) / 15,
-        "reward/position": sum(float(parts["position"][n]) for n in rows) / 15,
+        "reward/distance": sum(float(parts["distance"][n]) for n in rows) / 15,
         "rollout/final_error": sum(math.hypot(*states[n, -1].tolist()) for n in rows) / 15,
         "rollout/frac_valid": sum(bool(experience.parsed.is_valid[n]) for n in rows) / 15,
         "rollout/frac_truncated": sum(not bool(done.ended[n]) for n in rows) / 15,
@@ -424,7 +424,7 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     more = torch.tensor([3.0, -2.0, 5.0], dtype=torch.float64)  # another rank's rewards
     monkeypatch.setattr(rollout_module, "gather_rows", lambda rows: [rows, [more]])
     rollout, experience = rolled(config)
-    raw = choices_of(experience, VOCAB, TASK, config, final_position)
+    raw = choices_of(experience, VOCAB, TASK, config, final_distance)
     # The mean over q of every sampled position, by a loop over the vocabulary.
     tokens, mask = rollout.completion_tokens, rollout.completion_mask
     everything = torch.cat([rollout.prompt_tokens, tokens[:, :-1]], dim=1)
@@ -457,7 +457,7 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others() -> Non
     rollout, _ = rolled(config, model=model)
     assert rollout.choices is not None and rollout.mean_offsets is not None
     assert rollout.mean_offsets[rollout.completion_mask].abs().max() > 0.3
-    plans, simulate = rollout.choices.plans, choice_simulator(VOCAB, TASK, final_position)
+    plans, simulate = rollout.choices.plans, choice_simulator(VOCAB, TASK, final_distance)
     seen = []
 
     def watched(moved, length):
@@ -499,7 +499,7 @@ def test_choices_without_credit_for_each_token_and_texts_of_other_tokens_are_ref
         replace(rollout, choices=None)
     parsed = replace(experience.parsed, is_valid=~experience.parsed.is_valid)
     with pytest.raises(ValueError, match="must agree on what is well-formed"):
-        choices_of(replace(experience, parsed=parsed), VOCAB, TASK, config, final_position)
+        choices_of(replace(experience, parsed=parsed), VOCAB, TASK, config, final_distance)
 
 
 def test_a_sample_with_choices_shows_what_its_reward_is_worth_in_its_group() -> None:

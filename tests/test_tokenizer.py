@@ -74,7 +74,13 @@ def test_every_number_of_the_grid_is_one_token_and_comes_back():
     assert all(len(row) == 1 for row in ids)
     assert len({row[0] for row in ids}) == 601
     assert [NUMBER_TOKENIZER.decode(row) for row in ids] == texts
-    assert len(NUMBER_TOKENIZER) == 601 + 3 + 3  # pad, eos, unknown; position, velocity, controls
+    # pad, eos, unknown; position, velocity, controls; filled up to a multiple of 64
+    assert len(NUMBER_TOKENIZER) == 601 + 3 + 3 + 33 == 640
+    unused = [token for token in NUMBER_TOKENIZER.get_vocab() if token.startswith("<unused_")]
+    assert len(unused) == 33
+    text = NUMBER_TOKENIZER.decode(NUMBER_TOKENIZER.encode(unused[0] + " 0.10"))
+    parsed = parse_controls([text], torch.tensor([True]), DoubleIntegrator(horizon=1), NUMBERS)
+    assert text == unused[0] + " 0.10" and not parsed.is_valid.item()  # seen, so malformed
     assert NUMBER_TOKENIZER.unk_token_id not in {row[0] for row in ids}
 
 
@@ -291,9 +297,9 @@ def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
 
 
 def test_token_values_are_the_numbers_and_nothing_else():
-    values = token_values(NUMBER_TOKENIZER, 611)
+    values = token_values(NUMBER_TOKENIZER, 645)
     vocabulary = NUMBER_TOKENIZER.get_vocab()
-    assert len(values) == 611
+    assert len(values) == 645
     for token, index in vocabulary.items():
         if token[0].isalpha() or token[0] == "<":
             assert values[index].isnan()
@@ -335,7 +341,7 @@ def test_number_features_have_frequencies_from_0_3_to_20():
 def test_number_features_are_near_for_near_numbers_and_zero_for_words():
     values = token_values(NUMBER_TOKENIZER, len(NUMBER_TOKENIZER))
     features = number_features(values, 32)
-    assert features.shape == (607, 32)
+    assert features.shape == (640, 32)
     assert not features[values.isnan()].any()
     place = NUMBER_TOKENIZER.get_vocab()
 
