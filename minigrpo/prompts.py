@@ -97,6 +97,9 @@ def prompt_text(initial_state: Tensor, plant: DoubleIntegrator, codec: Codec) ->
     position, velocity = (format_number(value, decimals) for value in values)
     if codec.style == "numbers":
         return f"position {position} velocity {velocity} controls"
+    # A sign in any case: prompts of equally many tokens need no padding, and so go once through the
+    # model for all rows of a group (`policy.completion_scores`).
+    position, velocity = (f"{value:+z.{decimals}f}" for value in values)
     return (
         f"The position is {position} m and the velocity is {velocity} m/s. Write {plant.horizon} "
         f"accelerations, one for each step of {plant.dt:g} s, that bring both to 0. Each must lie "
