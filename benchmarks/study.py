@@ -9,7 +9,8 @@ benchmarks/results/mean_plan/ are results with an earlier estimator and its defa
 commit d6613b6 makes their tables, and only it can make them again. minibatches_32/ and
 fixed_values/ are of credit for each control with earlier defaults, made again by the studies of
 commits ea77fbb and 5930634: in both values of choices stayed those of the rollout and every row of
-embedding and head learned alone, and in fixed_values/ the acting temperature was 1.25.
+embedding and head learned alone, and in fixed_values/ the acting temperature was 1.25. steps_200/
+is of the study of commit bbf4c81: 200 steps, the rate falling over the last 100, 607 tokens.
 
 Long arms are evaluated on 512 held-out starts; more_sft_* share GRPO's processor time;
 strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
@@ -53,7 +54,7 @@ CURVE = (
     "update/learning_rate",
 )
 SHORT = "--steps 40 --prompts-per-step 256 --save-every 40 --eval-every 20"
-# Each about a third of the processor time of GRPO's 200 steps, on CPUs 3,500 to 6,000 of these.
+# Each about a third of the processor time of GRPO's steps, on CPUs 3,500 to 6,000 of these.
 MORE_SFT_STEPS = 6000
 MORE_SFT = {
     "1e-3": "--learning-rate 1e-3",

@@ -363,6 +363,7 @@ class EvalConfig(Settings):
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {"gradient_smoothing_width": 0.1},
     ("tiny", GRPOConfig): {
+        "steps": 160,
         "prompts_per_step": 512,
         "group_size": 4,
         "num_minibatches": 8,
@@ -375,7 +376,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "credit": "choice",
         "advantage_std": "batch",
         "learning_rate": 5e-4,
-        "decay_steps": 100,
+        "decay_steps": 120,
         "final_norm_rate": 20.0,
         "kl_beta": 0.001,
         "clip_eps_low": 0.1,
