@@ -263,6 +263,12 @@ class GRPOConfig(RunSettings):
     max_grad_norm: float = flag(
         1.0, "gradient norm above which the gradient is scaled down", above=0
     )
+    target_kl: float = flag(
+        0.0,
+        "the optimizer steps that are left of a rollout are not made once the policy has drifted "
+        "from the one that sampled by this KL, in nats a token; 0: all are made",
+        at_least=0,
+    )
     kl_beta: float = flag(
         0.01, "weight of KL(current, reference); 0 loads no reference", at_least=0
     )
@@ -377,6 +383,8 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "advantage_std": "batch",
         "learning_rate": 5e-4,
         "decay_steps": 120,
+        "max_grad_norm": 0.15,
+        "target_kl": 0.02,
         "final_norm_rate": 20.0,
         "kl_beta": 0.001,
         "clip_eps_low": 0.1,

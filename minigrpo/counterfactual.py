@@ -106,7 +106,8 @@ class ChoiceValues:
         By the distance of each node to what was written, so that rounding of the mass costs little.
         """
         nodes = len(self.grid)
-        written = self.basis[tokens][..., :nodes] @ self.grid  # [M, C], 0 for words
+        # No product of matrices, which autocast would round; [M, C], 0 for words
+        written = (self.basis[tokens][..., :nodes] * self.grid).sum(dim=-1)
         distance = self.grid - rearrange(written, "m c -> m c 1")
         on_numbers = mass[..., :nodes]
         return (on_numbers * distance).sum(dim=-1) / on_numbers.sum(dim=-1).clamp(min=1e-6)
@@ -152,6 +153,11 @@ def read_plans(
     return Plans(initial_states, own, others_plan(own, written > horizon, group_size), written)
 
 
+def rows_at_once(is_on_cuda: bool) -> int:
+    """Rows whose choices are simulated together: as many as fit into a CPU's cache."""
+    return 1024 if is_on_cuda else 128
+
+
 def choice_values(
     plans: Plans,
     length: int,
@@ -175,7 +181,7 @@ def choice_values(
     values = torch.zeros(num_rows, width, NUM_COLUMNS, device=device)
     level = plans.own.new_zeros(num_rows, width)
     every_row = torch.arange(num_rows, device=device)
-    for rows in torch.split(every_row, 4096 if own.states.is_cuda else 128):  # a CPU's cache
+    for rows in torch.split(every_row, rows_at_once(own.states.is_cuda)):
         nodes = (rearrange(plans.others[rows], "n t -> n t 1") + offsets).clamp(-bound, bound)
         tally = choice_tally(
             own.states[rows], own.controls[rows], plans.others[rows], nodes, plant, cost

@@ -26,6 +26,7 @@ from typing import TypeVar
 import torch
 
 from minigrpo.config import RunSettings, Value
+from minigrpo.counterfactual import rows_at_once
 from minigrpo.distributed import local_world_size, max_over_ranks
 from minigrpo.policy import chunk_elements
 from minigrpo.transformer import TransformerConfig, linear_parts
@@ -112,7 +113,9 @@ def memory_estimate(
     logit = 4 * (narrow if work.support_size else 4)
     logit += 2 * 4 if work.num_nodes else 0  # probabilities of all tokens and their gradient
     # Of one completion token: support, values of choices, log-probs, masks.
-    row = 4 * (work.support_size + work.num_nodes) + 32
+    row = 4 * (work.support_size + work.num_nodes) + (60 if work.num_nodes else 32)
+    # Of choices that are simulated together: fifteen tables of the size of their values.
+    simulated = min(work.num_rows, rows_at_once(work.is_on_cuda)) * work.completion_length
     return MemoryEstimate(
         model={
             "weights": weights // shards,
@@ -135,6 +138,7 @@ def memory_estimate(
             "activations": shape.num_layers * kept,
             "at work": max(block + block // 4, logit * chunk),
             "support": work.num_rows * work.completion_length * row,
+            "values": 15 * 4 * work.num_nodes * simulated,
             "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
             * (shards > 1),
         },

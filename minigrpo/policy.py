@@ -260,7 +260,7 @@ def score_untruncated(
     if has_entropy:
         with torch.no_grad():
             entropy = (fused(entropy_of) if is_fused else entropy_of)(logits, norm)
-    return TokenScores(rearrange(logq, "m c 1 -> m c"), entropy)
+    return TokenScores(logq.sum(dim=-1), entropy)  # of one: fully_shard wants no view
 
 
 def score_all(logits: Tensor, tokens: Tensor, basis: Tensor, has_entropy: bool) -> TokenScores:
@@ -289,8 +289,11 @@ class _AllChoices(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             inside = F.log_softmax(tempered(logits, 1.0), dim=-1)  # [M, C, V]
             q = inside.exp()
-            logq = inside.gather(-1, places).sum(dim=-1)  # of one: fully_shard wants no view
-            entropy = -inside.mul_(q).sum(dim=-1) if has_entropy else None
+            logq = inside.gather(-1, places).sum(dim=-1)  # of one, as above
+            entropy = None
+            if has_entropy:
+                finite = inside.clamp_(min=torch.finfo(inside.dtype).min)  # 0 * -inf is NaN
+                entropy = -finite.mul_(q).sum(dim=-1)
             mass = q @ basis.to(q.dtype)
         ctx.save_for_backward(q, places, basis, mass)
         ctx.dtype = logits.dtype
@@ -345,15 +348,16 @@ def taken_log_probs(logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 
 def taken_gradient(logits: Tensor, places: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
     """gradient times d log q / dz, in the dtype of the logits."""
-    q = (tempered(logits, 1.0) - norm).exp()
     is_taken = torch.arange(logits.shape[-1], device=logits.device) == places
-    return (torch.where(is_taken, 1 - q, -q) * gradient).to(logits.dtype)
+    q = (tempered(logits, 1.0) - norm).exp_()  # in place: one such table at a time
+    return q.neg_().add_(is_taken).mul_(gradient).to(logits.dtype)
 
 
 def entropy_of(logits: Tensor, norm: Tensor) -> Tensor:
     """sum_b q(b) (norm - z_b), [M, C] nats."""
-    wide = tempered(logits, 1.0).clamp(min=torch.finfo(torch.float32).min)  # 0 * inf is NaN
-    return ((wide - norm).exp() * (norm - wide)).sum(dim=-1)
+    wide = tempered(logits, 1.0)
+    below = (norm - wide).clamp_(max=torch.finfo(wide.dtype).max)  # 0 * inf is NaN
+    return below.neg().exp_().mul_(below).sum(dim=-1)
 
 
 def completion_scores(

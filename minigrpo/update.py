@@ -74,23 +74,27 @@ def update_policy(
 ) -> PolicyUpdate:
     """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate.
 
-    With `optim.smooth_gradients` by the kernel. `simulate` finds the values of choices at plans
-    that moved with the policy; None keeps those of the rollout.
+    Where a minibatch finds the policy further than `target_kl` from the one that sampled, it and
+    those after it are left out. With `optim.smooth_gradients` by the kernel. `simulate` finds the
+    values of choices at plans that moved with the policy; None keeps those of the rollout.
     """
     set_learning_rate(optimizer, learning_rate)
     parts: list[LossMetrics] = []
-    norms, entropies, gaps = [], [], []
+    norms, entropies, gaps, drifts = [], [], [], []
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
         # The first step is at the weights that sampled, where nothing has moved yet.
         metrics, entropy, gap = accumulate_gradient(
             model, rollout, rows, config, max_length, simulate if parts else None
         )
-        reduce_gradients(model)
-        norm = gradient_norm(model)
         parts.append(metrics)
         entropies.append(entropy)
         gaps.append(gap)
+        drifts.append(drift_of(metrics))
+        if config.target_kl and drifts[-1] > config.target_kl:
+            break
+        reduce_gradients(model)
+        norm = gradient_norm(model)
         norms.append(norm)
         if not math.isfinite(norm):  # the norm is that of all ranks, so all skip together
             continue
@@ -109,10 +113,18 @@ def update_policy(
         "policy/entropy": float(entropy) / max(1.0, float(merged.num_tokens)),
         "update/grad_norm": sum(finite) / len(finite) if finite else math.nan,
         "update/learning_rate": learning_rate,
+        "update/num_steps": float(len(norms)),
+        "update/max_drift": max(drifts),
         "update/num_skipped": float(len(norms) - len(finite)),
         "rollout/logprob_gap_max": float(gap),
     }
     return PolicyUpdate(report, tuple(not math.isfinite(norm) for norm in norms))
+
+
+def drift_of(metrics: LossMetrics) -> float:
+    """KL(old, current) of one minibatch of all ranks, nats a token."""
+    sums = sum_over_ranks(torch.stack([metrics.approx_kl, metrics.num_tokens]).cpu())
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 def accumulate_gradient(

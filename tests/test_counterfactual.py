@@ -12,6 +12,7 @@ from minigrpo.counterfactual import (
     OFFSETS,
     ChoiceValues,
     Plans,
+    choice_tally,
     choice_values,
     interpolated,
     later_values,
@@ -24,7 +25,7 @@ from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.policy import completion_scores, score_all, score_logits
 from minigrpo.prompts import Codec, ParsedControls
-from minigrpo.reward import Rewards, RewardWeights, Tally, compute_rewards, tally_rewards
+from minigrpo.reward import Rewards, RewardWeights, Tally, compute_rewards, tally_of, tally_rewards
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
@@ -203,9 +204,12 @@ def worth_of(reward, start: Tensor, plan: Tensor) -> float:
 
 
 @pytest.mark.parametrize("reward, malformed", [(progress, 0.0), (punishment, -10.0)])
-def test_values_are_rewards_of_plans_with_one_choice_changed(reward, malformed: float) -> None:
+def test_values_are_rewards_of_plans_with_one_choice_changed(
+    reward, malformed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = 3
-    tokens, starts = a_batch(11, size, seed=2)  # 33 rows
+    monkeypatch.setattr("minigrpo.counterfactual.rows_at_once", lambda is_on_cuda: 7)
+    tokens, starts = a_batch(11, size, seed=2)  # 33 rows: five splits
     choices = values_of(tokens, starts, size, reward)
     written = num_written(tokens, NUMBERS, EOS, 3)
     assert torch.equal(choices.plans.num_written, written) and written.tolist().count(4) == 31
@@ -247,6 +251,35 @@ def test_values_are_rewards_of_plans_with_one_choice_changed(reward, malformed: 
         rtol=1e-6,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 7])
+def test_a_tally_of_a_changed_plan_is_that_of_flying_it_whole(horizon: int) -> None:
+    """Every sum of every plan, on a plant that is often driven out of bounds."""
+    plant = DoubleIntegrator(dt=0.4, horizon=horizon, control_bound=2.0)
+    cost = QuadraticCost(3.0, 5.0, 0.7, 11.0)
+    generator = torch.Generator().manual_seed(15)
+
+    def draw(*shape: int) -> Tensor:
+        return (1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(-2, 2)
+
+    starts, own, others, nodes = draw(5, 2) / 3, draw(5, horizon), draw(5, horizon), draw(35)
+    nodes = nodes.view(5, 1, 7).expand(5, horizon, 7)
+    starts[3, 1] = -1.2  # one starts out of bounds
+    flown = plant.simulate(starts, own)
+    got = choice_tally(flown.states, flown.controls, others, nodes, plant, cost)
+    place = torch.arange(horizon)
+    fields = {name: value.view(horizon, 7, 5) for name, value in vars(got).items()}
+    for n, k, a in itertools.product(range(5), range(horizon), range(7)):
+        plan = torch.where(place < k, own[n], others[n])
+        plan[k] = nodes[n, k, a]
+        one = ParsedControls(plan[None], torch.tensor([True]), torch.tensor([horizon]))
+        whole = tally_of(one, plant.simulate(starts[n : n + 1], plan[None]), plant, cost)
+        for name, value in vars(whole).items():
+            assert float(fields[name][k, a, n]) == pytest.approx(float(value), rel=1e-5, abs=1e-5)
+    if horizon > 1:
+        assert 0 < fields["num_outside"].mean() < horizon
+    assert fields["starts_outside"].any() and not fields["starts_outside"].all()
 
 
 @pytest.mark.parametrize("k", range(3))

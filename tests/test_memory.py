@@ -89,7 +89,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     kept = 3 * 11 * 4 * (32 + 100 + 4 * 11)
     assert got.update == {
         "activations": 2 * kept, "at work": kept * 5 // 4, "support": 40 * 5 * row,
-        "gathered weights": 0,
+        "values": 0, "gathered weights": 0,
     }  # fmt: skip
     assert got.peak == sum(got.model.values()) + max(
         sum(got.sampling.values()), sum(got.update.values())
@@ -118,8 +118,11 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     assert less.sampling == got.sampling
 
     valued = memory_estimate(shape, GRPOConfig(), replace(work, num_nodes=9), num_ranks=2)
-    assert valued.update["support"] == got.update["support"] + 40 * 5 * 4 * 9
-    assert valued.sampling["support"] == got.sampling["support"] + 2 * 40 * 5 * 4 * 9
+    assert valued.update["support"] == got.update["support"] + 40 * 5 * (4 * 9 + 28)
+    assert valued.sampling["support"] == got.sampling["support"] + 2 * 40 * 5 * (4 * 9 + 28)
+    assert valued.update["values"] == 15 * 4 * 9 * 40 * 5
+    many = replace(work, num_nodes=9, num_rows=4000)
+    assert memory_estimate(shape, GRPOConfig(), many).update["values"] == 15 * 4 * 9 * 128 * 5
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

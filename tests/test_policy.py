@@ -246,6 +246,8 @@ def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
         found.append((scores.logprobs.detach(), scores.entropy, leaf.grad))
     for theirs, ours in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+    basis = torch.rand(13, 3, generator=generator)
+    assert torch.equal(policy.score_all(z, tokens, basis, True).entropy, found[0][1])
     assert policy.score_untruncated(z, tokens, False, False).entropy is None
     half = z.bfloat16().requires_grad_()
     policy.score_untruncated(half, tokens, False, False).logprobs.sum().backward()

@@ -450,9 +450,12 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     assert rolled(CONFIG)[0].choices is None
 
 
-def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precision: str) -> None:
     """Simulated again before the second optimizer step, the values are those of the rollout."""
-    config = replace(CONFIG, credit="choice", advantage_std="batch", num_minibatches=2)
+    config = replace(
+        CONFIG, credit="choice", advantage_std="batch", num_minibatches=2, precision=precision
+    )
     model = a_model()
     rollout, _ = rolled(config, model=model)
     assert rollout.choices is not None and rollout.mean_offsets is not None

@@ -207,8 +207,9 @@ def test_the_tables_step_along_smoothed_gradients() -> None:
         model = a_model().double()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         descent = torch.optim.SGD(model.parameters())
-        update_policy(model, descent, a_rollout(), config, 0, 0.1, ALLOWED, used)
+        update = update_policy(model, descent, a_rollout(), config, 0, 0.1, ALLOWED, used)
         found.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+        found[-1]["norm"] = torch.tensor(update.metrics["update/grad_norm"])  # before the smoothing
     for name, plain in found[0].items():
         wanted = kernel @ plain if name in ("embed.weight", "head.weight") else plain
         assert torch.allclose(found[1][name], wanted, rtol=0, atol=1e-12), name
