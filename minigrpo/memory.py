@@ -111,7 +111,8 @@ def memory_estimate(
     chunk = min(max(chunk_elements(work.is_on_cuda), column), column * work.completion_length)
     # At once: logits and gradients of those gathered; without a support also log q, in float32.
     logit = 4 * (narrow if work.support_size else 4)
-    logit += 2 * 4 if work.num_nodes else 0  # probabilities of all tokens and their gradient
+    if work.num_nodes and work.support_size:  # probabilities of all tokens and their gradient
+        logit += 2 * 4
     # Of one completion token: support, values of choices, log-probs, masks.
     row = 4 * (work.support_size + work.num_nodes) + (60 if work.num_nodes else 32)
     # Of choices that are simulated together: fifteen tables of the size of their values.

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import distributed
+from minigrpo import distributed, policy
 from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
@@ -171,13 +171,19 @@ def make_rollout(places: Tensor) -> Rollout:
     )
 
 
-def grpo_gradients(variants: list[GRPOConfig], nodes: int = 1) -> dict[str, object]:
+def grpo_gradients(
+    variants: list[GRPOConfig], nodes: int = 1, is_padded: bool = True
+) -> dict[str, object]:
     """The gradient of every optimizer step at the first weights, and what two updates then do."""
     found: dict[str, object] = {}
     with process_group("cpu") as device:
         os.environ["LOCAL_WORLD_SIZE"] = str(world_size() // nodes)
         for i, config in enumerate(variants):
             rollout, model = make_rollout(torch.arange(rank(), PROMPTS, world_size())), make_model()
+            if not is_padded:
+                first = rollout.prompt_tokens[::GROUP].repeat_interleave(GROUP, 0)
+                mask = torch.ones_like(rollout.prompt_mask)
+                rollout = replace(rollout, prompt_tokens=first, prompt_mask=mask)
             place_model(model, model.blocks, device, config.parallel)
             frozen, seen = torch.optim.SGD(model.parameters()), []
 
@@ -210,6 +216,24 @@ def assert_close(got: dict[str, object], expected: dict[str, object], tolerance:
         assert isinstance(value, Tensor) and isinstance(wanted, Tensor)
         error = float((value - wanted).abs().max() / wanted.abs().max())
         assert error <= tolerance, f"{name}: {error}"
+
+
+def shared_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
+    """`grpo_gradients` where a prompt goes once through the model for its group."""
+    policy.SHARED_FROM = 1
+    return grpo_gradients(variants, is_padded=False)
+
+
+def test_shared_prompts_are_the_same_on_any_number_of_ranks() -> None:
+    """And the drift that `target_kl` looks at, one of the metrics, is that of all ranks."""
+    config = GRPOConfig(
+        prompts_per_step=PROMPTS, group_size=GROUP, num_minibatches=3, micro_batch_size=GROUP,
+        temperature=0.7, kl_beta=0.1, target_kl=1e9,
+    )  # fmt: skip
+    (alone,) = run_ranks(1, shared_gradients, [config])
+    for parallel, world in (("ddp", 2), ("ddp", 3), ("fsdp", 2)):
+        for got in run_ranks(world, shared_gradients, [replace(config, parallel=parallel)]):
+            assert_close(got, alone, 1e-6)
 
 
 def test_the_policy_update_is_the_same_on_any_number_of_ranks() -> None:

@@ -16,11 +16,15 @@ import train_grpo
 import train_sft
 from minigrpo import memory, policy
 from minigrpo.config import GRPOConfig, SFTConfig
+from minigrpo.counterfactual import NUM_COLUMNS, Plans, choice_values
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import process_group, rank
+from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lora import add_adapters
+from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
 from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.reward import RewardWeights, tally_rewards
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.sft import sft_loss
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
@@ -189,6 +193,22 @@ def test_an_update_takes_what_is_estimated(
     expected = sum(estimate.update.values()) + estimate.model["gradients"]
     expected += estimate.model["bfloat16 weights"]
     assert 1.0 <= expected / watch.peak <= 1.6
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+def test_choices_take_what_is_estimated(rows: int) -> None:
+    plant, numbers = DoubleIntegrator(), torch.linspace(-3, 3, 601, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    own = torch.randn(rows, 50, generator=draw, dtype=torch.float64)
+    plans = Plans(own[:, :2], own, own.flip(0), torch.full((rows,), 51))
+    reward = partial(tally_rewards, kind="progress", horizon=50, weights=RewardWeights())
+    with Watch(own, numbers) as watch:
+        got = choice_values(plans, 51, numbers, 0, plant, QuadraticCost(), reward)
+    work = Workload(5, 51, rows, rows, 1, rows, num_nodes=NUM_COLUMNS)
+    estimate = memory_estimate(LLAMA, GRPOConfig(), work).update
+    kept = got.values.nbytes + got.level.nbytes
+    assert kept < estimate["support"]
+    assert 1.0 <= (estimate["values"] + 2 * kept) / watch.peak <= 1.6
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+import train_sft
 from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch, keyed_generator
 from minigrpo.policy import completion_scores
@@ -175,6 +177,21 @@ def test_a_step_is_along_the_gradient_of_smoothed_rows():
     for name, plain in changes[0].items():
         wanted = kernel @ plain if name in tables else plain
         assert torch.allclose(changes[1][name], wanted, rtol=0, atol=1e-12), name
+
+
+def test_training_smooths_unless_its_flag_says_no(tmp_path):
+    """Other weights after one step, or the flag reaches nothing."""
+    usual = "--steps 1 --num-demonstrations 8 --batch-size 4 --micro-batch-size 4 --horizon 5 "
+    usual += "--width 16 --num-heads 2 --eval-cases 8 --warmup-steps 0 --device cpu"
+    found = []
+    for name, more in (("on", ""), ("again", ""), ("off", "--gradient-smoothing-width 0")):
+        folder = tmp_path / name
+        train_sft.main([*usual.split(), "--save-dir", str(folder), *more.split()])
+        found.append(load_file(folder / "checkpoints" / "step-000001" / "model.safetensors"))
+    on, again, off = found
+    assert all(torch.equal(on[key], again[key]) for key in on)
+    changed = {key for key in on if not torch.equal(on[key], off[key])}
+    assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 def parameters_of(model: Transformer) -> torch.Tensor:

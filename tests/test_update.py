@@ -401,6 +401,40 @@ def test_an_update_changes_nothing_but_the_model_and_its_optimizer() -> None:
         assert torch.equal(vars(rollout)[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
 
 
+def test_a_rollout_from_which_the_policy_has_drifted_makes_no_further_steps() -> None:
+    """The drift of each minibatch by hand; a bound between the second's and the third's stops at 2.
+
+    What is left is as if the rollout had no more minibatches.
+    """
+    old = as_matrix(slow_logprobs(a_model().double(), a_rollout(), CONFIG.temperature))
+    rollout = a_rollout(old_logprobs=old)
+    config = replace(CONFIG, num_minibatches=5, max_grad_norm=1e9)
+    alone = a_model().double()
+    descent, drifts, halfway = torch.optim.SGD(alone.parameters(), lr=1e-3), [], []
+    for p in range(5):
+        rows = torch.arange(3 * p, 3 * p + 3)
+        now = as_matrix(slow_logprobs(alone, rollout, CONFIG.temperature))
+        x = (now - old)[rows][rollout.completion_mask[rows]]
+        drifts.append(float((x.exp() - x - 1).mean()))  # k3 of KL(old, now)
+        halfway.append(weights_of(alone))
+        alone.zero_grad()
+        accumulate_gradient(alone, rollout, rows, config, ALLOWED)
+        descent.step()
+    assert 0 == drifts[0] < drifts[1] < drifts[2]
+    bound = (drifts[1] + drifts[2]) / 2
+    for target, steps in ((0.0, 5), (bound, 2), (10 * max(drifts), 5)):
+        model = a_model().double()
+        done = update_policy(
+            model, torch.optim.SGD(model.parameters()), rollout,
+            replace(config, target_kl=target), 0, 1e-3, ALLOWED,
+        )  # fmt: skip
+        assert done.metrics["update/num_steps"] == steps
+        seen = drifts[: min(5, steps + 1)]
+        assert done.metrics["update/max_drift"] == pytest.approx(max(seen), rel=1e-9)
+        wanted = weights_of(alone) if steps == 5 else halfway[steps]
+        assert torch.allclose(weights_of(model), wanted, rtol=0, atol=1e-12)
+
+
 def test_float32_weights_move_at_a_rate_of_1e_6() -> None:
     """Adam's first step has the size of the rate; lr of the optimizer is replaced by ours."""
     model, rollout = a_model(), a_rollout(torch.float32)
