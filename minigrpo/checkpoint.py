@@ -34,7 +34,7 @@ from minigrpo.distributed import any_rank, cut_like, max_over_ranks, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
-from minigrpo.prompts import Codec, render_controls
+from minigrpo.prompts import Codec, render_controls, wording
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
 from minigrpo.tokenizer import decode_completions, encode_completion, load_tokenizer, pad_id
@@ -73,12 +73,15 @@ class Manifest:
         return cls(stage, preset, task.plant, task.cost, task.codec, settings, resolved.sources)
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return asdict(self) | {"wording": wording(self.plant, self.codec)}
 
     @classmethod
     def from_json(cls, values: object, path: Path) -> Manifest:
-        """Every key is known and none is missing, or a ValueError with the path says which."""
-        found = _checked_keys(values, {item.name for item in fields(cls)}, str(path))
+        """Every key is known and none is missing, or a ValueError with the path says which.
+
+        So is a model that was trained on prompts in other words than today's.
+        """
+        found = _checked_keys(values, {item.name for item in fields(cls)} | {"wording"}, str(path))
         if found["stage"] not in ("sft", "grpo"):
             raise ValueError(f"{path}: stage must be sft or grpo, got {found['stage']!r}")
         for name, kind in (("preset", str), ("config", dict), ("sources", dict)):
@@ -87,7 +90,14 @@ class Manifest:
         found["plant"] = _record(DoubleIntegrator, found["plant"], f"{path}: plant")
         found["cost"] = _record(QuadraticCost, found["cost"], f"{path}: cost")
         found["codec"] = _record(Codec, found["codec"], f"{path}: codec")
-        return cls(**found)  # type: ignore[arg-type]  # checked above
+        said = found.pop("wording")
+        manifest = cls(**found)  # type: ignore[arg-type]  # checked above
+        if said != (says := wording(manifest.plant, manifest.codec)):
+            raise ValueError(
+                f"{path}: prompts must be worded as in training, {said!r}; this version says "
+                f"{says!r}: train again, or use the commit in its provenance.json"
+            )
+        return manifest
 
 
 def _checked_keys(values: object, expected: set[str], place: str) -> dict[str, object]:

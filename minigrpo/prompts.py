@@ -108,6 +108,12 @@ def prompt_text(initial_state: Tensor, plant: DoubleIntegrator, codec: Codec) ->
     )
 
 
+def wording(plant: DoubleIntegrator, codec: Codec) -> str:
+    """All that a model reads when it starts at rest at the origin: what a checkpoint remembers."""
+    origin = torch.zeros(2, dtype=torch.float64)
+    return f"{system_text(plant, codec)}\n{prompt_text(origin, plant, codec)}".strip()
+
+
 def render_controls(controls: Tensor, codec: Codec) -> str:
     """The answer that says controls [T], rounded; ValueError for what no number can say."""
     check_shapes(controls=(controls, "T"))

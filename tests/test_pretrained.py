@@ -25,7 +25,8 @@ import train_sft
 from minigrpo.checkpoint import load_model
 from minigrpo.config import SFTConfig
 from minigrpo.data import demonstrations
-from minigrpo.prompts import Codec
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.prompts import Codec, wording
 from minigrpo.transformer import find_pretrained, load_transformer, logits
 
 FAMILIES = {
@@ -140,6 +141,10 @@ def test_the_evaluation_takes_codec_and_prompt_from_the_checkpoint(
     assert not (tmp_path / "grpo").exists()
     manifest = json.loads((sft / "minigrpo.json").read_text())
     manifest["codec"] = {"style": "numbers", "decimals": 2}
+    (sft / "minigrpo.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="prompts must be worded as in training, 'You steer a"):
+        load_model(sft)
+    manifest["wording"] = wording(DoubleIntegrator(**manifest["plant"]), Codec("numbers"))
     (sft / "minigrpo.json").write_text(json.dumps(manifest))
     assert load_model(sft)[1].codec.style == "numbers"  # nothing but the manifest decides
 
