@@ -369,7 +369,6 @@ class EvalConfig(Settings):
 PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("tiny", SFTConfig): {"gradient_smoothing_width": 0.1},
     ("tiny", GRPOConfig): {
-        "steps": 160,
         "prompts_per_step": 512,
         "group_size": 4,
         "num_minibatches": 8,
@@ -382,7 +381,7 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "credit": "choice",
         "advantage_std": "batch",
         "learning_rate": 5e-4,
-        "decay_steps": 120,
+        "decay_steps": 140,
         "max_grad_norm": 0.15,
         "target_kl": 0.02,
         "final_norm_rate": 20.0,
