@@ -34,7 +34,7 @@ from minigrpo.checkpoint import (
     saved_config,
 )
 from minigrpo.config import GRPOConfig, Resolved, Value, check_saved, parse_flags, resolve
-from minigrpo.counterfactual import NUM_COLUMNS
+from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
 from minigrpo.data import (
     Prompts,
     Task,
@@ -174,6 +174,7 @@ def estimate_memory(
         num_rows=num_rows,
         support_size=config.support_size if config.top_p < 1 else 0,
         num_nodes=NUM_COLUMNS if config.credit == "choice" else 0,
+        num_simulated=min(num_rows, rows_at_once(is_on_cuda)),
         has_reference=config.kl_beta > 0 and not config.lora_rank,
         is_on_cuda=is_on_cuda,
     )

@@ -26,7 +26,6 @@ from typing import TypeVar
 import torch
 
 from minigrpo.config import RunSettings, Value
-from minigrpo.counterfactual import rows_at_once
 from minigrpo.distributed import local_world_size, max_over_ranks
 from minigrpo.policy import chunk_elements
 from minigrpo.transformer import TransformerConfig, linear_parts
@@ -55,6 +54,7 @@ class Workload:
     is_perturbed: bool = False  # SFT under weight noise holds the weights without it
     is_on_cuda: bool = False  # where sampling keeps its tensors, unless the weights are sharded
     num_nodes: int = 0  # of the values of choices; 0: credit for completions
+    num_simulated: int = 0  # rows whose choices are simulated together
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,6 @@ def memory_estimate(
         logit += 2 * 4
     # Of one completion token: support, values of choices, log-probs, masks.
     row = 4 * (work.support_size + work.num_nodes) + (60 if work.num_nodes else 32)
-    # Of choices that are simulated together: fifteen tables of the size of their values.
-    simulated = min(work.num_rows, rows_at_once(work.is_on_cuda)) * work.completion_length
     return MemoryEstimate(
         model={
             "weights": weights // shards,
@@ -139,7 +137,8 @@ def memory_estimate(
             "activations": shape.num_layers * kept,
             "at work": max(block + block // 4, logit * chunk),
             "support": work.num_rows * work.completion_length * row,
-            "values": 15 * 4 * work.num_nodes * simulated,
+            # Fifteen tables of the size of what they are.
+            "values": 15 * 4 * work.num_nodes * work.num_simulated * work.completion_length,
             "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
             * (shards > 1),
         },

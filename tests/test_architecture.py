@@ -26,7 +26,7 @@ EDGES = {
     "sampling": "shapes transformer policy",
     "reward": "shapes double_integrator lqr prompts",
     "tokenizer": "double_integrator prompts",
-    "counterfactual": "shapes double_integrator prompts reward",
+    "counterfactual": "shapes double_integrator lqr prompts reward",
     "data": "shapes double_integrator lqr prompts tokenizer",
     "sft": "config distributed transformer optim policy tokenizer data",
     "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "

@@ -16,7 +16,7 @@ import train_grpo
 import train_sft
 from minigrpo import memory, policy
 from minigrpo.config import GRPOConfig, SFTConfig
-from minigrpo.counterfactual import NUM_COLUMNS, Plans, choice_values
+from minigrpo.counterfactual import NUM_COLUMNS, Plans, choice_values, rows_at_once
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import process_group, rank
 from minigrpo.double_integrator import DoubleIntegrator
@@ -121,12 +121,11 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     assert less.update["at work"] == 3 * 11 * (4 * 32 + 2 * (100 + 4 * 11)) * 5 // 4
     assert less.sampling == got.sampling
 
-    valued = memory_estimate(shape, GRPOConfig(), replace(work, num_nodes=9), num_ranks=2)
+    valued = replace(work, num_nodes=9, num_simulated=32)
+    valued = memory_estimate(shape, GRPOConfig(), valued, num_ranks=2)
     assert valued.update["support"] == got.update["support"] + 40 * 5 * (4 * 9 + 28)
     assert valued.sampling["support"] == got.sampling["support"] + 2 * 40 * 5 * (4 * 9 + 28)
-    assert valued.update["values"] == 15 * 4 * 9 * 40 * 5
-    many = replace(work, num_nodes=9, num_rows=4000)
-    assert memory_estimate(shape, GRPOConfig(), many).update["values"] == 15 * 4 * 9 * 128 * 5
+    assert valued.update["values"] == 15 * 4 * 9 * 32 * 5
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -204,7 +203,8 @@ def test_choices_take_what_is_estimated(rows: int) -> None:
     reward = partial(tally_rewards, kind="progress", horizon=50, weights=RewardWeights())
     with Watch(own, numbers) as watch:
         got = choice_values(plans, 51, numbers, 0, plant, QuadraticCost(), reward)
-    work = Workload(5, 51, rows, rows, 1, rows, num_nodes=NUM_COLUMNS)
+    together = min(rows, rows_at_once(False))
+    work = Workload(5, 51, rows, rows, 1, rows, num_nodes=NUM_COLUMNS, num_simulated=together)
     estimate = memory_estimate(LLAMA, GRPOConfig(), work).update
     kept = got.values.nbytes + got.level.nbytes
     assert kept < estimate["support"]
