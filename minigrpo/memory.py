@@ -1,11 +1,12 @@
 """How much memory a run will take: a function of shapes, known before anything is allocated.
 
-    model      weights, gradients and AdamW's two moments of what is trained, reference
+    model      weights, gradients and AdamW's two moments of what is trained, reference; with
+               autocast a copy of the weights as it casts them, to decode with
     sampling   KV cache 2 layers J D (rows (L + C) + prompts L), logits [rows, V], prompts' prefill;
                4 bytes each, since validation is in float32
     update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
     peak       model + the larger of sampling and update, or on CUDA both: recorded graphs keep
-               their tensors, of training and of two validations, and copies of the weights
+               their tensors, of training and of two validations, and a float32 copy of the weights
 
 A block keeps for each of its tokens, E width, H heads, J key-value heads, D head size, F MLP width:
 4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
@@ -94,7 +95,8 @@ def memory_estimate(
     With fsdp these share the model, sampling has it whole, and an update two blocks and the tables.
     """
     shards = ranks_here if config.parallel == "fsdp" else 1
-    has_graphs = work.is_on_cuda and not (config.parallel == "fsdp" and num_ranks > 1)
+    is_sharded = config.parallel == "fsdp" and num_ranks > 1
+    has_graphs = work.is_on_cuda and not is_sharded
     flat = 2 if num_ranks > 1 and shards == 1 else 1  # reduce_gradients makes one vector of them
     base, added = _num_parameters(shape), _num_adapters(shape, config)
     weights, trained = 4 * (base + added), 4 * (added if config.lora_rank else base)
@@ -123,6 +125,10 @@ def memory_estimate(
             "reference": weights // shards if work.has_reference else 0,
             "held weights": weights // shards if work.is_perturbed else 0,
             "bfloat16 weights": weights // 2 if half else 0,
+            # For decoding: in float32 with recorded graphs, and as autocast would cast them.
+            "copied weights": 0
+            if is_sharded
+            else weights * has_graphs + (weights // 2 + tables) * half,
         },
         sampling={
             "KV cache": kv * (work.num_decoded * length + prefilled) * (3 if has_graphs else 1),
@@ -130,8 +136,6 @@ def memory_estimate(
             "prefill": prefilled * _bytes_of_a_block(shape, work.prompt_length, 4),
             "support": 2 * work.num_rows * work.completion_length * row,
             "gathered weights": weights if shards > 1 else 0,
-            # In float32 for validation, and for training as autocast would cast them.
-            "copied weights": (weights + (weights // 2 + tables) * half) * has_graphs,
         },
         update={
             "activations": shape.num_layers * kept,

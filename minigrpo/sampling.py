@@ -141,7 +141,7 @@ class _Batch:
 
 @dataclass
 class _Kept:
-    """Of one model on CUDA: its decoders, and their copies of the weights by dtype."""
+    """Of one model: copies of its weights by dtype and, on CUDA, its decoders."""
 
     seen: set[_Batch] = field(default_factory=set)
     decoders: dict[_Batch, _Decoder] = field(default_factory=dict)
@@ -158,7 +158,9 @@ def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
     The first batch of its kind is not recorded: there may be no second.
     """
     if not has_graphs(model, batch.device):
-        return _Decoder(model, batch)
+        is_float32 = model.embed.weight.dtype == torch.float32  # autocast leaves float64 alone
+        is_cast = is_float32 and batch.dtype != torch.float32 and not _is_sharded(model)
+        return _Decoder(_kept_copy(model, batch.dtype) if is_cast else model, batch)
     kept = _KEPT.setdefault(model, _Kept())
     if batch not in kept.seen:
         kept.seen.add(batch)
@@ -168,16 +170,18 @@ def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
     else:
         if len(kept.decoders) == MAX_DECODERS:
             del kept.decoders[next(iter(kept.decoders))]  # the one not used for longest
-        if batch.dtype not in kept.copies:
-            kept.copies[batch.dtype] = _copy_for_decoding(model, batch.dtype)
-        decoder = _Decoder(kept.copies[batch.dtype], batch, is_recorded=True)
+        decoder = _Decoder(_kept_copy(model, batch.dtype), batch, is_recorded=True)
     kept.decoders[batch] = decoder
     return decoder
 
 
 def has_graphs(model: Transformer, device: torch.device) -> bool:
-    """Sharded parameters have an address of their own in every gathering; no graph reads them."""
-    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())
+    return device.type == "cuda" and not _is_sharded(model)
+
+
+def _is_sharded(model: Transformer) -> bool:
+    """Sharded parameters have an address of their own in every gathering: no graph reads them."""
+    return any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 class _Decoder:
@@ -185,8 +189,8 @@ class _Decoder:
 
     Recorded, the kernels of a few tokens are a graph that is replayed: to launch them one by one
     takes the host several times as long as they run. A graph reads and writes fixed addresses, so
-    the tensors stay for the next batch; its weights are a copy in the precision of its products,
-    which each batch renews.
+    the tensors stay for the next batch. Its weights, and under autocast those of any batch, are a
+    copy in the precision of the products, which each batch renews.
     """
 
     TOKENS_PER_GRAPH = 16
@@ -219,7 +223,7 @@ class _Decoder:
         uniforms: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Until all rows have ended; columns never reached keep filler."""
-        if self.is_recorded:
+        if self.model is not model:
             _renew(self.model, model)
             self.model.is_fused = self.batch.is_fused
         self.tokens.fill_(self.batch.stop.pad_id)
@@ -289,19 +293,28 @@ class _Decoder:
         self.graphs[steps[0]].replay()
 
 
+def _kept_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    copies = _KEPT.setdefault(model, _Kept()).copies
+    if dtype not in copies:
+        copies[dtype] = _copy_for_decoding(model, dtype)
+    return copies[dtype]
+
+
 def _copy_for_decoding(model: Transformer, dtype: torch.dtype) -> Transformer:
     """A copy whose linear layers have the dtype that autocast would give them anew for every token.
 
     All else stays as it is: what is added, normed or looked up is not rounded in training either.
     """
-    copied = deepcopy(model).requires_grad_(False)
+    parameters = {}
+    for name, own in model.named_parameters():
+        is_linear = not name.startswith("embed") and (own.ndim == 2 or name.endswith("bias"))
+        value = own.detach().to(dtype if is_linear else own.dtype, copy=True)
+        parameters[id(own)] = nn.Parameter(value, requires_grad=False)
+    copied = deepcopy(model, parameters)  # these in place of copies of the originals
     if copied.head is None and copied.embed.weight.dtype != dtype:
         vocab_size, width = copied.embed.weight.shape
         copied.head = nn.Linear(width, vocab_size, bias=False, device="meta")
-        copied.head.weight = nn.Parameter(copied.embed.weight.clone(), requires_grad=False)
-    for name, parameter in copied.named_parameters():
-        if not name.startswith("embed") and (parameter.ndim == 2 or name.endswith("bias")):
-            parameter.data = parameter.data.to(dtype)
+        copied.head.weight = nn.Parameter(copied.embed.weight.to(dtype), requires_grad=False)
     return copied
 
 

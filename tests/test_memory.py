@@ -78,7 +78,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     got = memory_estimate(shape, GRPOConfig(), work, num_ranks=2)
     assert got.model == {
         "weights": 4 * parameters, "gradients": 8 * parameters, "AdamW": 8 * parameters,
-        "reference": 4 * parameters, "held weights": 0, "bfloat16 weights": 0,
+        "reference": 4 * parameters, "held weights": 0, "bfloat16 weights": 0, "copied weights": 0,
     }  # fmt: skip
     # of a token: 4 x 8 in float32, then 2 x 8 + 3 x 8 + 3 x 4 + 4 x 12 = 100 and 4 weights a key
     row = 4 * 6 + 32
@@ -88,7 +88,6 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
         "prefill": 4 * 7 * 4 * (32 + 100 + 4 * 7),
         "support": 2 * 40 * 5 * row,
         "gathered weights": 0,
-        "copied weights": 0,
     }
     kept = 3 * 11 * 4 * (32 + 100 + 4 * 11)
     assert got.update == {
@@ -104,6 +103,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     assert cut.model == {
         "weights": parameters, "gradients": parameters, "AdamW": 2 * parameters,
         "reference": parameters, "held weights": parameters, "bfloat16 weights": 0,
+        "copied weights": 0,
     }  # fmt: skip
     assert cut.sampling == {**got.sampling, "gathered weights": 4 * parameters}
     assert cut.update["gathered weights"] == 4 * 2 * 50 * 8 + 2 * 4 * (2 * block + 8) // 2
@@ -116,6 +116,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     assert less.model == {
         "weights": 4 * (parameters + trained), "gradients": 4 * trained, "AdamW": 8 * trained,
         "reference": 0, "held weights": 0, "bfloat16 weights": 2 * (parameters + trained),
+        "copied weights": 2 * (parameters + trained) + 4 * 2 * 50 * 8,
     }  # fmt: skip
     assert less.update["activations"] == 2 * 3 * 11 * 4 * 8
     assert less.update["at work"] == 3 * 11 * (4 * 32 + 2 * (100 + 4 * 11)) * 5 // 4
@@ -138,7 +139,8 @@ def test_on_cuda_kept_graphs_are_counted_beside_the_update(precision: str) -> No
     kept = memory_estimate(shape, config, replace(work, is_on_cuda=True))
     weights, tables = plain.model["weights"], 4 * 2 * 50 * 8
     cast = weights // 2 + tables if precision == "bfloat16" else 0
-    assert kept.sampling["copied weights"] == weights + cast
+    assert plain.model["copied weights"] == cast
+    assert kept.model["copied weights"] == weights + cast
     assert kept.sampling["KV cache"] == 3 * plain.sampling["KV cache"]
     phases = sum(kept.sampling.values()) + sum(kept.update.values())
     assert kept.peak == sum(kept.model.values()) + phases

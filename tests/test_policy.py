@@ -13,7 +13,7 @@ from minigrpo import policy
 from minigrpo.policy import (
     ActingPolicy,
     Nucleus,
-    _largest_on_gpu,
+    _largest_by_blocks,
     completion_scores,
     draw,
     draw_untruncated,
@@ -582,7 +582,7 @@ def test_the_largest_by_blocks_are_those_of_a_stable_sort(vocab, count, scale):
     z[:, ::7] = -torch.inf
     z[0], z[1], z[1, ::2] = 0.0, -0.0, 0.0
     values, order = torch.sort(z, dim=-1, descending=True, stable=True)
-    best, ids = _largest_on_gpu(z, count)
+    best, ids = _largest_by_blocks(z, count)
     assert torch.equal(best, values[:, :count])
     assert torch.equal(ids, order[:, :count])
 

@@ -401,6 +401,7 @@ def test_a_kept_decoder_draws_with_the_weights_of_now(monkeypatch, model_type, i
             parameter.mul_(0.5)
     third = found()
     assert not equal(third, second)
+    assert sampling._KEPT[model].copies.keys() == {torch.bfloat16 if is_mixed else torch.float32}
     (kept,) = sampling._KEPT.pop(model).decoders.values()
     monkeypatch.undo()
     assert equal(found(), third)
@@ -409,6 +410,25 @@ def test_a_kept_decoder_draws_with_the_weights_of_now(monkeypatch, model_type, i
         torch.bfloat16 if is_mixed else torch.float32
     )
     assert kept.model.embed.weight.dtype == kept.model.norm.weight.dtype == torch.float32
+
+
+def test_under_autocast_weights_are_cast_once_and_tokens_are_those_of_casting_at_each(monkeypatch):
+    model = Transformer(TransformerConfig("qwen2", 31, 16, 24, 2, 4, 2, 4))
+    initialise(model, torch.Generator().manual_seed(2))
+    prompts, mask, uniforms = torch.full((2, 3), 5), torch.ones(2, 3).bool(), torch.rand(6, 8)
+    work = (prompts, mask, 3, ActingPolicy(1.2, 0.9, 6), StopRule((1,), 0, 8), uniforms)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16):
+            return sample_completions(model, *work)
+
+    once = found()
+    (copied,) = sampling._KEPT[model].copies.values()
+    assert copied.head.weight.dtype == copied.blocks[1].attention.qkv.weight.dtype == torch.bfloat16
+    assert copied.embed.weight.dtype == torch.float32
+    monkeypatch.setattr(sampling, "_kept_copy", lambda model, dtype: model)
+    for one, other in zip(vars(once).values(), vars(found()).values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_few_decoders_are_kept_and_none_of_a_model_that_is_gone(monkeypatch):
