@@ -75,6 +75,10 @@ SHORT_ARMS = {
     "clip_0.2": "--clip-eps-low 0.2 --clip-eps-high 0.2",
     "clip_higher": "--clip-eps-high 0.2",
     "punishment": "--reward punishment",
+    "completion_punishment": "--credit completion --reward punishment",
+    "published": "--credit completion --advantage-std group --temperature 1.5 --top-p 0.9 "
+    "--learning-rate 1e-5 --kl-beta 0.01 --clip-eps-low 0.2 --clip-eps-high 0.2 "
+    "--num-minibatches 1 --final-norm-rate 1 --max-grad-norm 1 --target-kl 0",
     "uncapped_constraints": "--reward-constraints 8 --reward-constraints-cap 1e9",
     "baseline_0": "--reward-baseline 0",
     "fixed_values": "--no-follow-policy",

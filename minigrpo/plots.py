@@ -111,7 +111,10 @@ def plot_learning_curve(path: Path, metrics: Path) -> None:
 def plot_seed_bands(
     path: Path, curves: Mapping[str, Sequence[Series]], lqr_reward: float, horizontal: str
 ) -> None:
-    """Reward curves: the mean over the seeds of each name, and the range between them shaded."""
+    """Reward curves: the mean over the seeds of each name, and the range between them shaded.
+
+    From 50 points below LQR on.
+    """
     with _picture(path, 1, 1, (7.2, 4.4)) as (_, [[axis]]):
         for place, (name, seeds) in enumerate(curves.items()):
             length = min(len(values) for _, values in seeds)
@@ -123,6 +126,8 @@ def plot_seed_bands(
                 steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2
             )
         axis.axhline(lqr_reward, color="#000000", linewidth=1.2, linestyle="--", label="LQR")
+        # A model that is not yet well-formed has a reward near 0: that rise would fill the picture.
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], lqr_reward - 50))
         axis.set_xlabel(horizontal)
         axis.set_ylabel("reward (points)")
         axis.legend()
