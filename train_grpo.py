@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             updating, simulate = time.perf_counter(), None
             if config.follow_policy and rollout.choices is not None:
                 simulate = choice_simulator(shape.vocab_size, task, reward)
-            update = update_policy(
+            updated, skipped = update_policy(
                 model,
                 optimizer,
                 rollout,
@@ -312,17 +312,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 kernel,
                 simulate,
             )
-            metrics = rollout_metrics(rollout, experience) | update.metrics | seconds
+            metrics = rollout_metrics(rollout, experience) | updated | seconds
             metrics["time/update_s"] = time.perf_counter() - updating
             metrics["time/step_s"] = time.perf_counter() - began
             warnings = warnings_of(metrics, config, step, device.type == "cuda")
             run.log_text(breakdown_line(experience.rewards, 0), *warnings)
             for record in sample_records(prompts, experience, rollout):
                 run.log_sample(step + 1, record)
-            if update.num_skipped:
+            if any(skipped):
                 save_batch(folder, step + 1, rollout)
-            num_skipped = update.skipped_in_a_row(num_skipped)
-            is_failure = num_skipped >= MAX_SKIPPED_IN_A_ROW
+            for is_skipped in skipped:
+                if num_skipped < MAX_SKIPPED_IN_A_ROW:  # where it is reached, it stays
+                    num_skipped = num_skipped + 1 if is_skipped else 0
+            is_failure = num_skipped == MAX_SKIPPED_IN_A_ROW
             training.end_step(
                 metrics,
                 f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "

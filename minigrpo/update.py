@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -43,24 +42,6 @@ from minigrpo.transformer import Transformer
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-@dataclass(frozen=True)
-class PolicyUpdate:
-    """What an update did, over all ranks."""
-
-    metrics: dict[str, float]  # loss/..., update/..., policy/entropy, rollout/logprob_gap_max
-    is_skipped: tuple[bool, ...]  # of each optimizer step: its gradient norm was not finite
-
-    @property
-    def num_skipped(self) -> int:
-        return sum(self.is_skipped)
-
-    def skipped_in_a_row(self, before: int) -> int:
-        """The steps since the last one that was made; `before` of them before this update."""
-        for is_skipped in self.is_skipped:
-            before = before + 1 if is_skipped else 0
-        return before
-
-
 def update_policy(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
@@ -71,12 +52,16 @@ def update_policy(
     max_length: int,
     kernel: Tensor | None = None,
     simulate: Callable[[Plans, int], ChoiceValues] | None = None,
-) -> PolicyUpdate:
+) -> tuple[dict[str, float], list[bool]]:
     """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate.
 
     Where a minibatch finds the policy further than `target_kl` from the one that sampled, it and
     those after it are left out. With `optim.smooth_gradients` by the kernel. `simulate` finds the
     values of choices at plans that moved with the policy; None keeps those of the rollout.
+
+    Returned, the same on all ranks: metrics (loss/..., update/..., policy/entropy and
+    rollout/logprob_gap_max), and of each optimizer step whether it was skipped, because its
+    gradient norm was not finite.
     """
     set_learning_rate(optimizer, learning_rate)
     parts: list[LossMetrics] = []
@@ -118,7 +103,7 @@ def update_policy(
         "update/num_skipped": float(len(norms) - len(finite)),
         "rollout/logprob_gap_max": float(gap),
     }
-    return PolicyUpdate(report, tuple(not math.isfinite(norm) for norm in norms))
+    return report, [not math.isfinite(norm) for norm in norms]
 
 
 def drift_of(metrics: LossMetrics) -> float:

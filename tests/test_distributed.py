@@ -199,10 +199,10 @@ def grpo_gradients(
             optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
             kernel = smoothing_matrix(torch.arange(VOCAB).double(), 0.7)
             for step in range(2):
-                update = update_policy(
+                report, _ = update_policy(
                     model, optimizer, rollout, config, step, 1e-2, LENGTH, kernel
                 )
-                found[f"metrics {i} {step}"] = torch.tensor([*update.metrics.values()]).double()
+                found[f"metrics {i} {step}"] = torch.tensor([*report.values()]).double()
             weights = [whole(parameter.detach()).flatten() for parameter in model.parameters()]
             found[f"weights {i}"] = torch.cat(weights)
     return found

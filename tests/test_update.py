@@ -207,9 +207,9 @@ def test_the_tables_step_along_smoothed_gradients() -> None:
         model = a_model().double()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         descent = torch.optim.SGD(model.parameters())
-        update = update_policy(model, descent, a_rollout(), config, 0, 0.1, ALLOWED, used)
+        report, _ = update_policy(model, descent, a_rollout(), config, 0, 0.1, ALLOWED, used)
         found.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
-        found[-1]["norm"] = torch.tensor(update.metrics["update/grad_norm"])  # before the smoothing
+        found[-1]["norm"] = torch.tensor(report["update/grad_norm"])  # before the smoothing
     for name, plain in found[0].items():
         wanted = kernel @ plain if name in ("embed.weight", "head.weight") else plain
         assert torch.allclose(found[1][name], wanted, rtol=0, atol=1e-12), name
@@ -424,13 +424,13 @@ def test_a_rollout_from_which_the_policy_has_drifted_makes_no_further_steps() ->
     bound = (drifts[1] + drifts[2]) / 2
     for target, steps in ((0.0, 5), (bound, 2), (10 * max(drifts), 5)):
         model = a_model().double()
-        done = update_policy(
+        report, _ = update_policy(
             model, torch.optim.SGD(model.parameters()), rollout,
             replace(config, target_kl=target), 0, 1e-3, ALLOWED,
         )  # fmt: skip
-        assert done.metrics["update/num_steps"] == steps
+        assert report["update/num_steps"] == steps
         seen = drifts[: min(5, steps + 1)]
-        assert done.metrics["update/max_drift"] == pytest.approx(max(seen), rel=1e-9)
+        assert report["update/max_drift"] == pytest.approx(max(seen), rel=1e-9)
         wanted = weights_of(alone) if steps == 5 else halfway[steps]
         assert torch.allclose(weights_of(model), wanted, rtol=0, atol=1e-12)
 
@@ -451,8 +451,8 @@ def test_nothing_moves_without_advantages_kl_and_decay() -> None:
     config = replace(CONFIG, num_minibatches=2, num_epochs=3)
     for step in range(2):
         rollout = a_rollout(torch.float32, advantages=zeros, old_logprobs=torch.zeros(15, LONGEST))
-        done = update_policy(model, optimizer, rollout, config, step, 1e-2, ALLOWED)
-        assert done.metrics["update/grad_norm"] == 0 and done.num_skipped == 0
+        report, skipped = update_policy(model, optimizer, rollout, config, step, 1e-2, ALLOWED)
+        assert report["update/grad_norm"] == 0 and skipped == [False] * 6
     assert torch.equal(weights_of(model), before)
 
 
@@ -464,7 +464,7 @@ def test_a_step_without_a_finite_gradient_is_not_made(poison: float) -> None:
     advantages[[3, 11]] = poison
     model, alone = a_model().double(), a_model().double()
     optimizer = torch.optim.SGD(model.parameters())
-    done = update_policy(
+    report, skipped = update_policy(
         model, optimizer, replace(clean, advantages=advantages), config, 0, 0.1, ALLOWED
     )
     norms = []
@@ -475,8 +475,8 @@ def test_a_step_without_a_finite_gradient_is_not_made(poison: float) -> None:
         with torch.no_grad():
             for parameter in alone.parameters():
                 parameter -= 0.1 * min(1.0, 1 / (norms[-1] + 1e-6)) * parameter.grad
-    assert done.num_skipped == done.metrics["update/num_skipped"] == 2
-    assert done.metrics["update/grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-5)
+    assert skipped == [False, True, False, True, False] and report["update/num_skipped"] == 2
+    assert report["update/grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-5)
     assert torch.allclose(weights_of(model), weights_of(alone), rtol=0, atol=1e-6)
 
 
@@ -487,8 +487,8 @@ def test_a_skipped_step_leaves_adams_moments_alone() -> None:
     weights = weights_of(model)
     state = [v.clone() for one in optimizer.state.values() for v in one.values()]
     bad = a_rollout(torch.float32, advantages=torch.full((PROMPTS * GROUP,), torch.nan).double())
-    done = update_policy(model, optimizer, bad, CONFIG, 1, 1e-2, ALLOWED)
-    assert done.num_skipped == 1 and math.isnan(done.metrics["update/grad_norm"])
+    report, skipped = update_policy(model, optimizer, bad, CONFIG, 1, 1e-2, ALLOWED)
+    assert skipped == [True] and math.isnan(report["update/grad_norm"])
     assert torch.equal(weights_of(model), weights)
     after = [v for one in optimizer.state.values() for v in one.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, state, strict=True))
@@ -511,18 +511,17 @@ def test_entropy_and_the_log_prob_gap_are_those_of_a_slow_loop() -> None:
         q = [weight / sum(weights) for weight in weights]
         entropies.append(-sum(x * math.log(x) for x in q))
     frozen = torch.optim.SGD(model.parameters())
-    done = update_policy(model, frozen, rollout, CONFIG, 0, 0.0, ALLOWED).metrics
+    done, _ = update_policy(model, frozen, rollout, CONFIG, 0, 0.0, ALLOWED)
     assert done["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
     assert done["rollout/logprob_gap_max"] == pytest.approx(now, rel=1e-9)
 
     old = sampled + 0.25 * torch.where(rollout.completion_mask, 1.0, 9.0)
     old[0, 0] -= 0.75  # to -0.5
     config = replace(CONFIG, num_minibatches=3, num_epochs=2)
-    done = update_policy(model, frozen, replace(rollout, old_logprobs=old), config, 0, 0.0, ALLOWED)
-    assert done.metrics["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-9)
-    assert done.metrics["policy/entropy"] == pytest.approx(
-        sum(entropies) / len(entropies), rel=1e-9
-    )
+    moved = replace(rollout, old_logprobs=old)
+    done, _ = update_policy(model, frozen, moved, config, 0, 0.0, ALLOWED)
+    assert done["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-9)
+    assert done["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
 
 
 def test_losses_are_means_over_steps_and_shares_are_over_tokens() -> None:
@@ -531,7 +530,7 @@ def test_losses_are_means_over_steps_and_shares_are_over_tokens() -> None:
     rollout = a_rollout(old_logprobs=old + drift, ref_logprobs=old - drift)
     config, model = replace(CONFIG, num_minibatches=2, kl_beta=0.1), a_model().double()
     frozen = torch.optim.SGD(model.parameters())
-    got = update_policy(model, frozen, rollout, config, 0, 0.0, ALLOWED).metrics
+    got, _ = update_policy(model, frozen, rollout, config, 0, 0.0, ALLOWED)
     parts = [
         accumulate_gradient(model, rollout, rows, config, ALLOWED)[0]
         for rows in (torch.arange(9), torch.arange(9, 15))
@@ -643,7 +642,14 @@ def test_a_bandit_learns_the_rewarded_token_and_unlearns_the_punished_one() -> N
 
 
 @pytest.mark.parametrize(
-    "bad, ended", [((2, 3, 4), 2), ((1, 2, 4, 5), None), ((2, 4, 6), None), ((4, 5, 6), 3)]
+    "bad, ended",
+    [
+        ((2, 3, 4), 2),
+        ((1, 2, 3), 2),  # the fourth, of the same rollout, is good
+        ((1, 2, 4, 5), None),
+        ((2, 4, 6), None),
+        ((4, 5, 6), 3),
+    ],
 )
 def test_training_ends_at_the_third_step_in_a_row_that_is_skipped(
     bad: tuple[int, ...], ended: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
