@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +73,10 @@ LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make
     {"eval_cases": 16},
     {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_rank": 16, "eval_cases": 16},
 )
+
+# What only a model that is made here has: tokens that are numbers, and a shape to choose.
+OF_NUMBERS = ("demonstration_noise", "weight_noise", "smoothing_width", "gradient_smoothing_width")
+OF_SHAPE = ("width", "mlp_width", "num_layers", "num_heads", "rope_theta", "tied_head")
 
 
 def describe(config: SFTConfig) -> tuple[TransformerConfig, Task, Path | None]:
@@ -153,22 +157,34 @@ def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
     preset = str(named or ("pretrained" if given.get("model") else "tiny"))
     resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)
     config = resolved.config
-    if config.preset == "pretrained" and not config.model:
-        raise ValueError(
-            "model must name a folder or hub model with preset pretrained, got nothing"
-        )
-    if config.lora_rank and config.preset == "tiny":
-        raise ValueError("lora_rank must be 0 with preset tiny: random weights need training")
-    for name in ("demonstration_noise", "weight_noise", "gradient_smoothing_width"):
-        if getattr(config, name) > 0 and config.preset == "pretrained":
-            raise ValueError(
-                f"{name} must be 0 with preset pretrained, got {getattr(config, name)}"
-            )
+    check_preset(config, given)
     if config.width % config.num_heads:
         raise ValueError(
             f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"
         )
     return resolved
+
+
+def check_preset(config: SFTConfig, given: Mapping[str, Value]) -> None:
+    """ValueError names what the preset lacks, or what it has no use for but was asked for."""
+    if config.preset == "tiny":
+        if config.model:
+            raise ValueError(f"model must not be given with preset tiny, got {config.model}")
+        if config.lora_rank:
+            raise ValueError("lora_rank must be 0 with preset tiny: random weights need training")
+        return
+    if not config.model:
+        raise ValueError(
+            "model must name a folder or hub model with preset pretrained, got nothing"
+        )
+    for name in OF_NUMBERS:
+        if getattr(config, name) > 0:
+            raise ValueError(
+                f"{name} must be 0 with preset pretrained, got {getattr(config, name)}"
+            )
+    for name in OF_SHAPE:  # every config has one, so a flag alone says that it was meant
+        if name in given:
+            raise ValueError(f"{name} must not be given with preset pretrained, got {given[name]}")
 
 
 def training_data(config: SFTConfig, task: Task) -> SFTBatch:
@@ -185,7 +201,7 @@ def training_data(config: SFTConfig, task: Task) -> SFTBatch:
 
 def label_smoothing(config: SFTConfig, task: Task, vocab_size: int) -> Tensor | None:
     """`sft.smoothing_matrix`, None for sharp labels."""
-    if config.smoothing_width == 0 or task.codec.style != "numbers":
+    if config.smoothing_width == 0:
         return None
     values = token_values(task.tokenizer, vocab_size)
     return smoothing_matrix(values, config.smoothing_width).float()

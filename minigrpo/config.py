@@ -187,7 +187,9 @@ class SFTConfig(RunSettings):
         1.0, "gradient norm above which the gradient is scaled down", above=0
     )
     smoothing_width: float = flag(
-        0.03, "ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers", at_least=0
+        0.03,
+        "tiny model: ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers",
+        at_least=0,
     )
     dt: float = flag(0.1, "seconds per control", above=0)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)

@@ -22,7 +22,7 @@ from transformers import (
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo.checkpoint import load_model
+from minigrpo.checkpoint import load_manifest, load_model
 from minigrpo.config import SFTConfig
 from minigrpo.data import demonstrations
 from minigrpo.double_integrator import DoubleIntegrator
@@ -190,11 +190,46 @@ def test_adapters_on_random_weights_are_refused(tmp_path: Path) -> None:
         train_sft.main(["--save-dir", str(tmp_path / "sft"), "--lora-rank=2"])
 
 
-@pytest.mark.parametrize("name", ["demonstration_noise", "weight_noise"])
-def test_noise_for_a_pretrained_model_is_refused_before_anything_is_written(
-    tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model X --demonstration-noise 0.2", "demonstration_noise must be 0 with {}, got 0.2"),
+        ("--model X --weight-noise 0.2", "weight_noise must be 0 with {}, got 0.2"),
+        ("--model X --smoothing-width 0.03", "smoothing_width must be 0 with {}, got 0.03"),
+        (
+            "--model X --gradient-smoothing-width 0.1",
+            "gradient_smoothing_width must be 0 with {}, got 0.1",
+        ),
+        ("--model X --width 64", "width must not be given with {}, got 64"),  # be it the default
+        ("--model X --mlp-width 32", "mlp_width must not be given with {}, got 32"),
+        ("--model X --num-layers 3", "num_layers must not be given with {}, got 3"),
+        ("--model X --num-heads 2", "num_heads must not be given with {}, got 2"),
+        ("--model X --rope-theta 1e4", "rope_theta must not be given with {}, got 10000.0"),
+        ("--model X --no-tied-head", "tied_head must not be given with {}, got False"),
+        ("--preset pretrained", "model must name a folder or hub model with {}, got nothing"),
+        ("--preset tiny --model X", "model must not be given with preset tiny, got X"),
+    ],
+)
+def test_a_flag_that_the_preset_has_no_use_for_is_refused_before_anything_is_written(
+    flags: str, message: str, tmp_path: Path
 ) -> None:
-    flags = ["--model", str(tmp_path / "absent"), "--save-dir", str(tmp_path / "sft"), *SFT]
-    with pytest.raises(ValueError, match=rf"^{name} must be 0 with preset pretrained, got 0\.2$"):
-        train_sft.main([*flags, f"--{name.replace('_', '-')}=0.2"])
+    with pytest.raises(ValueError) as caught:
+        train_sft.main([*flags.split(), "--save-dir", str(tmp_path / "sft"), *SFT])
+    assert str(caught.value) == message.format("preset pretrained")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_settings_of_a_saved_run_are_no_flags_when_it_is_resumed(tmp_path: Path) -> None:
+    base, resume = pretrained(tmp_path / "base"), ["--resume", "--save-dir", str(tmp_path / "sft")]
+    train_sft.main(["--model", str(base), *resume, *SFT])
+    saved = load_manifest(tmp_path / "sft" / "checkpoints" / "step-000002").config
+    assert saved["width"] == SFTConfig.width
+    with pytest.raises(ValueError, match="width must not be given with preset pretrained, got 64"):
+        train_sft.main([*resume, "--width=64"])
+    train_sft.main([*resume, "--steps=3"])
+    assert [row["step"] for row in rows_of(tmp_path / "sft")] == [0, 1, 2, 3]
+    train_sft.main(["--model", str(base), *resume, *SFT, "--steps=4"])  # as a batch script does
+    assert rows_of(tmp_path / "sft")[-1]["step"] == 4
+    train_sft.main([*(resume := ["--resume", "--save-dir", str(tmp_path / "tiny")]), *SFT])
+    with pytest.raises(ValueError, match="model must not be given with preset tiny, got"):
+        train_sft.main([*resume, "--model", str(base)])
