@@ -156,12 +156,7 @@ def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
     named = given.get("preset") or (saved or {}).get("preset")
     preset = str(named or ("pretrained" if given.get("model") else "tiny"))
     resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)
-    config = resolved.config
-    check_preset(config, given)
-    if config.width % config.num_heads:
-        raise ValueError(
-            f"width must be a multiple of num_heads={config.num_heads}, got {config.width}"
-        )
+    check_preset(resolved.config, given)
     return resolved
 
 
@@ -212,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resolved = settings(arguments)
     config = resolved.config
     folder = Path(config.save_dir)
+    shape, task, weights = describe(config)  # what it refuses leaves no folder behind
     with (
         process_group(config.device) as device,
         open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         set_matmul_precision(config.matmul_precision, device)
-        shape, task, weights = describe(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
         model = build(shape, task, weights, config)

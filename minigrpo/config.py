@@ -304,7 +304,9 @@ class GRPOConfig(RunSettings):
     reward: str = flag(
         "progress", "punishment is kept for comparison", choices=("progress", "punishment")
     )
-    reward_baseline: float = flag(50.0, "constant for valid text; cancels among valid completions")
+    reward_baseline: float = flag(
+        50.0, "constant for valid text; cancels among valid completions", at_least=0
+    )
     reward_progress: float = flag(
         30.0, "weight of the share of the initial distance covered", at_least=0
     )

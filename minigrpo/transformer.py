@@ -91,8 +91,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         _check_model_type(self.model_type)
-        sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_size"):
+        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rope_theta", "norm_eps"):
@@ -107,8 +106,10 @@ class TransformerConfig:
             raise ValueError(
                 f"width must be a multiple of num_heads={self.num_heads}, got {self.width}"
             )
-        if self.head_size % 2:
-            raise ValueError(f"head_size must be even for rotary positions, got {self.head_size}")
+        if self.head_size < 1 or self.head_size % 2:
+            raise ValueError(
+                f"head_size must be positive and even, for rotary positions, got {self.head_size}"
+            )
 
     @property
     def qkv_bias(self) -> bool:

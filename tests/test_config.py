@@ -24,6 +24,7 @@ from minigrpo.config import (
     parse_flags,
     resolve,
 )
+from minigrpo.reward import RewardWeights
 
 ROOT = Path(__file__).parent.parent
 KINDS = [SFTConfig, GRPOConfig, EvalConfig]
@@ -308,6 +309,38 @@ def test_both_trainers_refuse_to_resume_it(trainer, kind, monkeypatch, tmp_path)
     monkeypatch.setattr(trainer, "saved_config", lambda folder: saved)
     with pytest.raises(ValueError, match="the saved run must have the settings of this version"):
         trainer.main(["--save-dir", str(tmp_path / "run"), "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--width 64 --num-heads 5", "width must be a multiple of num_heads=5, got 64"),
+        ("--width 8 --num-heads 16", "width must be a multiple of num_heads=16, got 8"),
+        (
+            "--width 60 --num-heads 4",
+            "head_size must be positive and even, for rotary positions, got 15",
+        ),
+    ],
+)
+def test_a_shape_that_no_model_can_have_is_refused_before_anything_is_written(
+    flags: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        train_sft.main([*flags.split(), "--save-dir", str(tmp_path / "run"), "--device=cpu"])
+    assert str(caught.value) == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_rewards_weights_refuse_the_settings_refuse_too() -> None:
+    names = {item.name for item in dataclasses.fields(RewardWeights)} - {"terminal_rate"}
+    assert names == {
+        name.removeprefix("reward_") for name in vars(GRPOConfig()) if name.startswith("reward_")
+    }
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name} must be at least 0"):
+            RewardWeights(**{name: -1e-6})
+        with pytest.raises(ValueError, match=f"^reward_{name} must be at least 0"):
+            GRPOConfig(**{f"reward_{name}": -1e-6})
 
 
 def test_choices_are_not_divided_by_the_spread_of_their_group() -> None:

@@ -175,6 +175,7 @@ def test_a_hub_name_is_found_in_the_cache_without_a_network(
     message = r"'somebody/other' is no folder .*download config\.json, tokenizer files and \*\.safe"
     with pytest.raises(ValueError, match=message):
         train_sft.main(["--model", "somebody/other", "--save-dir", str(tmp_path / "no"), *SFT])
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
