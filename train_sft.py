@@ -137,6 +137,13 @@ def estimate_memory(
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
+def less_memory(config: SFTConfig) -> list[dict[str, Value]]:
+    """LESS_MEMORY, for preset tiny without the adapters, which it refuses."""
+    refused = {"lora_rank"} if config.preset == "tiny" else set()
+    changes = ({k: v for k, v in change.items() if k not in refused} for change in LESS_MEMORY)
+    return [change for change in changes if change]
+
+
 def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:
     """This rank's rows of a step's batch: every epoch is its own permutation, cut into batches."""
     batches = max(1, num_rows // config.batch_size)
@@ -153,9 +160,10 @@ def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
     saved = saved_config(save_dir) if given.get("resume") else None
     if saved is not None:
         check_saved(SFTConfig, saved)
-    named = given.get("preset") or (saved or {}).get("preset")
-    preset = str(named or ("pretrained" if given.get("model") else "tiny"))
-    resolved = resolve(SFTConfig, {**given, "preset": preset}, preset, saved)
+    elif given.get("model"):
+        given.setdefault("preset", "pretrained")  # which that flag says
+    preset = str({**(saved or {}), **given}.get("preset", SFTConfig.preset))
+    resolved = resolve(SFTConfig, given, preset, saved)
     check_preset(resolved.config, given)
     return resolved
 
@@ -215,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         set_matmul_precision(config.matmul_precision, device)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
-        memory = check_memory(estimate, config, LESS_MEMORY, device)
+        memory = check_memory(estimate, config, less_memory(config), device)
         model = build(shape, task, weights, config)
         place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(

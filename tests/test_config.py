@@ -343,6 +343,36 @@ def test_what_the_rewards_weights_refuse_the_settings_refuse_too() -> None:
             GRPOConfig(**{f"reward_{name}": -1e-6})
 
 
+@pytest.mark.parametrize(
+    ("flags", "saved", "preset", "source"),
+    [
+        ("", None, "tiny", "default"),
+        ("--preset tiny", None, "tiny", "flag"),
+        ("--model X", None, "pretrained", "flag"),  # which says it
+        ("--model X --preset pretrained", None, "pretrained", "flag"),
+        ("--resume", {}, "tiny", "resume"),
+        ("--resume", {"preset": "pretrained", "model": "X"}, "pretrained", "resume"),
+        ("--resume --model Y", {"preset": "pretrained", "model": "X"}, "pretrained", "resume"),
+        ("--resume", None, "tiny", "default"),
+        ("--resume --model X", None, "pretrained", "flag"),
+    ],
+)
+def test_the_source_of_the_preset_is_where_it_came_from(
+    flags: str,
+    saved: dict[str, Value] | None,
+    preset: str,
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if saved is not None:
+        name = str(saved.get("preset", "tiny"))
+        saved = vars(resolve(SFTConfig, saved, name).config)
+    monkeypatch.setattr(train_sft, "saved_config", lambda folder: saved)
+    resolved = train_sft.settings(flags.split())
+    assert (resolved.config.preset, resolved.sources["preset"]) == (preset, source)
+    assert resolved.config.learning_rate == (4e-3 if preset == "tiny" else 2e-5)
+
+
 def test_choices_are_not_divided_by_the_spread_of_their_group() -> None:
     with pytest.raises(ValueError, match="advantage_std must be batch or none with credit choice"):
         GRPOConfig(credit="choice", advantage_std="group")

@@ -330,8 +330,12 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
              for change in train_grpo.LESS_MEMORY]  # fmt: skip
     flags = [" ".join(w for w in line.split() if w.startswith("--")) for line in advice]
     assert len(flags) > 2 and set(flags) <= set(known)
-    with pytest.raises(ValueError, match=r"must fit into memory"):
+    with pytest.raises(ValueError, match=r"must fit into memory") as caught:
         train_sft.main(["--save-dir", str(tmp_path / "s"), "--device=cpu", "--horizon=2"])
+    *advice, _ = str(caught.value).partition("GiB with\n")[2].splitlines()
+    for line in advice:  # the tiny model can follow all of it
+        train_sft.settings(line.split()[1:])
+    assert advice[-1].endswith("--micro-batch-size 1 --gradient-checkpointing --eval-cases 16")
 
 
 def test_advice_is_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
