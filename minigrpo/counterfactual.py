@@ -42,7 +42,6 @@ from torch import Tensor
 
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, state_cost
-from minigrpo.prompts import ParsedControls
 from minigrpo.reward import RewardFunction, Tally, distance_from_rest, tally_of
 from minigrpo.shapes import check_shapes
 
@@ -172,8 +171,7 @@ def choice_values(
     device, num_rows = plans.own.device, len(plans.own)
     own = plant.simulate(plans.initial_states, plans.own)
     valid = torch.ones(num_rows, dtype=torch.bool, device=device)
-    parsed = ParsedControls(plans.own, valid, torch.full_like(plans.num_written, horizon))
-    whole = tally_of(parsed, own, plant, cost)
+    whole = tally_of(plans.own, own, plant, cost)
     malformed = rearrange(reward(whole, ~valid).total, "n -> n 1")
     grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=device)
     offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=device)

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from minigrpo.data import Task, keyed_generator, make_prompts, token_uniforms
 from minigrpo.distributed import gather_rows, rank, world_size
-from minigrpo.double_integrator import DoubleIntegrator, Trajectories
-from minigrpo.lqr import lqr_controls, trajectory_cost
+from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.lqr import lqr_controls
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
-from minigrpo.reward import Rewards, RewardWeights, compute_rewards
+from minigrpo.reward import Rewards, RewardWeights, tally_of, tally_rewards
 from minigrpo.rollout import write_plans
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import Transformer
@@ -111,7 +111,8 @@ class Report:
 def lqr_results(starts: Tensor, task: Task, decimals: int | None = None) -> CaseResults:
     """Saturated LQR from starts [K, 2]; `decimals` rounds each control inside the loop."""
     controls = lqr_controls(starts.double(), task.plant, task.cost, decimals)
-    return _measure(starts, controls, 1, torch.zeros(len(starts), dtype=torch.int64), task)
+    num_invalid = torch.zeros(len(starts), dtype=torch.int64)
+    return _measure(starts, _all_valid(controls), 1, num_invalid, task)
 
 
 def evaluate_policy(
@@ -120,7 +121,6 @@ def evaluate_policy(
     task: Task,
     acting: ActingPolicy | None,
     seed: int,
-    rows_per_batch: int = DECODED_ROWS,
     attempt: int = 0,
 ) -> CaseResults:
     """One plan for each start [K, 2], applied open loop; `acting` None is greedy, without a seed.
@@ -129,10 +129,8 @@ def evaluate_policy(
     list of starts changes no case of a shorter one. `attempt` 0, 1, ... takes the next draws of the
     same key, so that those of two seeds have nothing in common.
     """
-    parsed = _plan(model, starts, task, acting, seed, rows_per_batch, attempt)
-    trajectories = task.plant.simulate(starts.double(), parsed.controls)
-    rewards = _reward(task, parsed, trajectories)
-    return _collect(trajectories, rewards, 1, (~parsed.is_valid).long(), task)
+    parsed = _plan(model, starts, task, acting, seed, attempt)
+    return _measure(starts, parsed, 1, (~parsed.is_valid).long(), task)
 
 
 def best_of(tries: Sequence[CaseResults]) -> CaseResults:
@@ -158,7 +156,6 @@ def receding_horizon(
     model: Transformer,
     starts: Tensor,
     task: Task,
-    rows_per_batch: int = DECODED_ROWS,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> CaseResults:
     """Greedy MPC from starts [K, 2]: at each of the T steps plan anew, apply one control.
@@ -174,12 +171,13 @@ def receding_horizon(
     for _ in progress(range(plant.horizon)):
         seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
         distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
-        parsed = _plan(model, distinct, task, None, 0, rows_per_batch)
+        parsed = _plan(model, distinct, task, None, 0)
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])
         state = plant.step(state, written[-1].clamp(-bound, bound))
     controls = rearrange(torch.stack(written), "t k -> k t")
-    return _measure(starts, controls, plant.horizon, torch.stack(invalid).sum(dim=0), task)
+    num_invalid = torch.stack(invalid).sum(dim=0)
+    return _measure(starts, _all_valid(controls), plant.horizon, num_invalid, task)
 
 
 def _plan(
@@ -188,7 +186,6 @@ def _plan(
     task: Task,
     acting: ActingPolicy | None,
     seed: int,
-    rows: int,
     attempt: int = 0,
 ) -> ParsedControls:
     """One plan for each start [K, 2], of which this rank writes every world-th."""
@@ -201,35 +198,30 @@ def _plan(
         group = token_uniforms(seed, prompts.indices, tries, length, "evaluation")  # [P * tries, C]
         uniforms = group[attempt::tries]
     policy = acting or UNTRUNCATED
-    _, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows)
-    columns = [share, written.controls, written.is_valid, written.num_values]
+    _, _, written = write_plans(model, prompts, 1, task, policy, uniforms, DECODED_ROWS)
+    columns = [share, written.controls, written.is_valid]
     places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
     order = torch.empty(len(starts), dtype=torch.int64)
     order[places] = torch.arange(len(places))
     return ParsedControls(*(value[order] for value in values))
 
 
-def _reward(task: Task, parsed: ParsedControls, trajectories: Trajectories) -> Rewards:
-    return compute_rewards("progress", parsed, trajectories, task.plant, task.cost, RewardWeights())
+def _all_valid(controls: Tensor) -> ParsedControls:
+    """Controls [K, T] that were really applied, whoever chose them."""
+    return ParsedControls(controls, torch.ones(len(controls), dtype=torch.bool))
 
 
 def _measure(
-    starts: Tensor, controls: Tensor, num_texts: int, num_invalid: Tensor, task: Task
+    starts: Tensor, parsed: ParsedControls, num_texts: int, num_invalid: Tensor, task: Task
 ) -> CaseResults:
-    """Results of controls [K, T] that were really applied, whoever chose them."""
-    applied = torch.ones(len(starts), dtype=torch.bool)
-    parsed = ParsedControls(controls, applied, torch.full((len(starts),), task.plant.horizon))
-    trajectories = task.plant.simulate(starts.double(), controls)
-    return _collect(trajectories, _reward(task, parsed, trajectories), num_texts, num_invalid, task)
-
-
-def _collect(
-    flown: Trajectories, rewards: Rewards, num_texts: int, num_invalid: Tensor, task: Task
-) -> CaseResults:
+    """Fly the controls from starts [K, 2]; of each start's texts `num_invalid` [K] were invalid."""
+    flown = task.plant.simulate(starts.double(), parsed.controls)
+    tally = tally_of(parsed.controls, flown, task.plant, task.cost)
+    horizon, weights = task.plant.horizon, RewardWeights()
     return CaseResults(
-        rewards=rewards,
+        rewards=tally_rewards(tally, parsed.is_valid, "progress", horizon, weights),
         final_error=flown.states[:, -1].norm(dim=1),
-        cost=trajectory_cost(flown, task.cost),
+        cost=tally.cost,
         num_texts=num_texts,
         num_invalid_texts=num_invalid,
         num_violations=flown.num_violations,

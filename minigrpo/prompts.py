@@ -57,14 +57,9 @@ class ParsedControls:
 
     controls: Tensor  # [N, T] float64, m/s^2, as written (not saturated)
     is_valid: Tensor  # [N] bool
-    num_values: Tensor  # [N] int64, numbers found in the text, valid or not
 
     def __post_init__(self) -> None:
-        check_shapes(
-            controls=(self.controls, "N T"),
-            is_valid=(self.is_valid, "N"),
-            num_values=(self.num_values, "N"),
-        )
+        check_shapes(controls=(self.controls, "N T"), is_valid=(self.is_valid, "N"))
 
 
 def format_number(value: float, decimals: int) -> str:
@@ -130,8 +125,8 @@ def parse_controls(
 ) -> ParsedControls:
     """Read N answers; `ended` [N] says which stopped by themselves. Any text is accepted."""
     check_shapes(ended=(ended, str(len(texts))))
-    answer, number = _patterns(codec, plant.horizon)
     (opening, closing), separator = codec.brackets, codec.separator
+    answer = _answer_pattern(codec, plant.horizon)
     matches = [answer.fullmatch(text) is not None for text in texts]
     is_valid = torch.tensor(matches, dtype=torch.bool) & ended.cpu()
     values = [  # of all valid rows; their numbers are well formed, so float can't fail
@@ -140,17 +135,12 @@ def parse_controls(
     ]
     controls = torch.zeros(len(texts), plant.horizon, dtype=torch.float64)
     controls[is_valid] = torch.tensor(values, dtype=torch.float64).view(-1, plant.horizon)
-    num_values = [
-        plant.horizon if fits else sum(1 for _ in number.finditer(text))
-        for fits, text in zip(matches, texts, strict=True)
-    ]
-    return ParsedControls(controls, is_valid, torch.tensor(num_values, dtype=torch.int64))
+    return ParsedControls(controls, is_valid)
 
 
 @lru_cache
-def _patterns(codec: Codec, horizon: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """The whole answer, and one number standing alone; possessive (+), so linear in the text."""
+def _answer_pattern(codec: Codec, horizon: int) -> re.Pattern[str]:
+    """The whole answer; possessive (+), so linear in the text."""
     number = rf"-?+(?:0|[1-9][0-9]{{0,2}}+)\.[0-9]{{{codec.decimals}}}"
     opening, closing = map(re.escape, codec.brackets)
-    answer = f"{opening}(?:{number}{codec.separator}){{{horizon - 1}}}+{number}{closing}"
-    return re.compile(answer), re.compile(rf"(?<![0-9.-]){number}(?![0-9.])")
+    return re.compile(f"{opening}(?:{number}{codec.separator}){{{horizon - 1}}}+{number}{closing}")

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from minigrpo.double_integrator import DoubleIntegrator, Trajectories
 from minigrpo.lqr import QuadraticCost, trajectory_cost
-from minigrpo.prompts import ParsedControls
 from minigrpo.shapes import check_shapes
 
 RewardKind = Literal["progress", "punishment"]
@@ -100,10 +99,10 @@ RewardFunction = Callable[[Tally, Tensor], Rewards]
 
 
 def tally_of(
-    parsed: ParsedControls, trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
+    written: Tensor, trajectories: Trajectories, plant: DoubleIntegrator, cost: QuadraticCost
 ) -> Tally:
-    """The sums of N texts, each over its own trajectory."""
-    check_shapes(written=(parsed.controls, "N T"), applied=(trajectories.controls, "N T"))
+    """The sums of N texts with the controls written [N, T], each over its own trajectory."""
+    check_shapes(written=(written, "N T"), applied=(trajectories.controls, "N T"))
     controls = trajectories.controls
     distances = distance_from_rest(*trajectories.states.unbind(dim=2))  # [N, T+1]
     return Tally(
@@ -115,26 +114,13 @@ def tally_of(
         cost=trajectory_cost(trajectories, cost),
         num_outside=trajectories.num_violations,
         starts_outside=trajectories.states[:, 0].abs().amax(dim=1) > plant.state_bound,
-        num_excessive=(parsed.controls.abs() > plant.control_bound).sum(dim=1),
+        num_excessive=(written.abs() > plant.control_bound).sum(dim=1),
     )
 
 
 def distance_from_rest(position: Tensor, velocity: Tensor) -> Tensor:
     """d of the module's docstring; six times faster than norm(dim=2) on time-major memory."""
     return (position.square() + velocity.square()).sqrt()
-
-
-def compute_rewards(
-    kind: RewardKind,
-    parsed: ParsedControls,
-    trajectories: Trajectories,
-    plant: DoubleIntegrator,
-    cost: QuadraticCost,
-    weights: RewardWeights,
-) -> Rewards:
-    """Rewards of N texts, each from its own trajectory's start; `weights` are for `progress`."""
-    tally = tally_of(parsed, trajectories, plant, cost)
-    return tally_rewards(tally, parsed.is_valid, kind, plant.horizon, weights)
 
 
 def tally_rewards(

@@ -138,7 +138,9 @@ def act(
     )
     starts = repeat(prompts.initial_states, "p two -> (p g) two", g=group_size)  # [N, 2]
     trajectories = task.plant.simulate(starts, parsed.controls)
-    rewards = reward(tally_of(parsed, trajectories, task.plant, task.cost), parsed.is_valid)
+    rewards = reward(
+        tally_of(parsed.controls, trajectories, task.plant, task.cost), parsed.is_valid
+    )
     return Experience(completions, texts, parsed, trajectories, rewards)
 
 

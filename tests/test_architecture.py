@@ -24,9 +24,9 @@ EDGES = {
     "lqr": "shapes double_integrator",
     "prompts": "shapes double_integrator",
     "sampling": "shapes transformer policy",
-    "reward": "shapes double_integrator lqr prompts",
+    "reward": "shapes double_integrator lqr",
     "tokenizer": "double_integrator prompts",
-    "counterfactual": "shapes double_integrator lqr prompts reward",
+    "counterfactual": "shapes double_integrator lqr reward",
     "data": "shapes double_integrator lqr prompts tokenizer",
     "sft": "config distributed transformer optim policy tokenizer data",
     "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "

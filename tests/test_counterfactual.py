@@ -24,8 +24,8 @@ from minigrpo.counterfactual import (
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.policy import completion_scores, score_all, score_logits
-from minigrpo.prompts import Codec, ParsedControls
-from minigrpo.reward import Rewards, RewardWeights, Tally, compute_rewards, tally_of, tally_rewards
+from minigrpo.prompts import Codec
+from minigrpo.reward import Rewards, RewardWeights, Tally, tally_of, tally_rewards
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
@@ -197,10 +197,10 @@ def a_batch(num_groups: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def worth_of(reward, start: Tensor, plan: Tensor) -> float:
     """Of the whole plan, simulated for itself."""
-    one = ParsedControls(plan[None], torch.tensor([True]), torch.tensor([3]))
-    kind = reward.__name__
     flown = PLANT.simulate(start[None], plan[None])
-    return float(compute_rewards(kind, one, flown, PLANT, QuadraticCost(), RewardWeights()).total)
+    tally = tally_of(plan[None], flown, PLANT, QuadraticCost())
+    valid, weights = torch.tensor([True]), RewardWeights()
+    return float(tally_rewards(tally, valid, reward.__name__, PLANT.horizon, weights).total)
 
 
 @pytest.mark.parametrize("reward, malformed", [(progress, 0.0), (punishment, -10.0)])
@@ -273,8 +273,7 @@ def test_a_tally_of_a_changed_plan_is_that_of_flying_it_whole(horizon: int) -> N
     for n, k, a in itertools.product(range(5), range(horizon), range(7)):
         plan = torch.where(place < k, own[n], others[n])
         plan[k] = nodes[n, k, a]
-        one = ParsedControls(plan[None], torch.tensor([True]), torch.tensor([horizon]))
-        whole = tally_of(one, plant.simulate(starts[n : n + 1], plan[None]), plant, cost)
+        whole = tally_of(plan[None], plant.simulate(starts[n : n + 1], plan[None]), plant, cost)
         for name, value in vars(whole).items():
             assert float(fields[name][k, a, n]) == pytest.approx(float(value), rel=1e-5, abs=1e-5)
     if horizon > 1:
@@ -426,10 +425,9 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
         places = (near.clamp(-3, 3) * 100).round().long() + 300 + first
         changed = torch.cat([controls[n, :k], others[k:]]).repeat(31, 1)
         changed[:, k] = numbers[places]
-        written = ParsedControls(changed, torch.ones(31).bool(), torch.full((31,), 50))
         flown = plant.simulate(starts[n].repeat(31, 1), changed)
-        exact = compute_rewards(
-            "progress", written, flown, plant, QuadraticCost(), RewardWeights()
+        exact = reward(
+            tally_of(changed, flown, plant, QuadraticCost()), torch.ones(31).bool()
         ).total
         errors.append((got[n, k, places] - exact).abs().mean())
         sizes.append(exact.std())

@@ -362,7 +362,7 @@ def test_receding_horizon_clamps_what_the_prompt_says_but_not_the_plant():
     assert results.is_valid.all() and max(max(state) for state in model.seen) == 3.0
 
 
-def test_sampled_controls_depend_on_seed_and_place_alone():
+def test_sampled_controls_depend_on_seed_and_place_alone(monkeypatch):
     texts = [text_of(SHORT, [u] * 7) for u in (0.5, -0.5)]
     model = Scripted(SHORT, lambda start: texts)
     acting = ActingPolicy(temperature=1.0, top_p=1.0)
@@ -370,7 +370,9 @@ def test_sampled_controls_depend_on_seed_and_place_alone():
     results = evaluate_policy(model, starts, SHORT, acting, seed=5)
     assert set(results.controls[:, 0].tolist()) == {0.5, -0.5}
     assert 30 < (results.controls[:, 0] > 0).sum() < 71  # a fair coin leaves that once in 10,000
-    fewer = evaluate_policy(model, starts[:41], SHORT, acting, seed=5, rows_per_batch=7)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate.evaluation, "DECODED_ROWS", 7)
+        fewer = evaluate_policy(model, starts[:41], SHORT, acting, seed=5)
     assert torch.equal(fewer.controls, results.controls[:41])
     assert not torch.equal(
         evaluate_policy(model, starts, SHORT, acting, 6).controls, results.controls

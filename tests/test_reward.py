@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.grpo import group_advantages
 from minigrpo.lqr import QuadraticCost, lqr_controls
-from minigrpo.prompts import Codec, ParsedControls, parse_controls, render_controls
+from minigrpo.prompts import Codec, parse_controls, render_controls
 from minigrpo.reward import (
     Rewards,
     RewardWeights,
     breakdown_line,
-    compute_rewards,
     progress_rewards,
     punishment_rewards,
     tally_of,
+    tally_rewards,
 )
 
 PLANT, COST, WEIGHTS = DoubleIntegrator(), QuadraticCost(), RewardWeights()
@@ -28,14 +28,18 @@ NAMES = ["baseline", "progress", "proximity", "terminal", "efficiency"]
 NAMES += ["smoothness", "lqr", "constraints", "validity"]
 
 
+def rewards_of(written, trajectories, valid, kind="progress", weights=WEIGHTS, plant=PLANT):
+    tally = tally_of(written, trajectories, plant, COST)
+    return tally_rewards(tally, valid, kind, plant.horizon, weights)
+
+
 def score(initial_states, controls, kind="progress", is_valid=None, weights=WEIGHTS, plant=PLANT):
     initial_states = torch.as_tensor(initial_states, dtype=torch.float64)
     controls = torch.as_tensor(controls, dtype=torch.float64)
     num_rows = len(controls)
     valid = torch.ones(num_rows, dtype=torch.bool) if is_valid is None else torch.tensor(is_valid)
-    parsed = ParsedControls(controls, valid, torch.full((num_rows,), plant.horizon))
     trajectories = plant.simulate(initial_states, controls)
-    return compute_rewards(kind, parsed, trajectories, plant, COST, weights)
+    return rewards_of(controls, trajectories, valid, kind, weights, plant)
 
 
 def draw(num_rows, scale=1.0, seed=0):
@@ -278,7 +282,7 @@ def test_the_text_of_lqr_beats_coasting_noise_and_its_own_negative():
         parsed = parse_controls(texts, torch.ones(97, dtype=torch.bool), PLANT, Codec())
         assert parsed.is_valid.all()
         trajectories = PLANT.simulate(starts, parsed.controls)
-        rewards = compute_rewards("progress", parsed, trajectories, PLANT, COST, WEIGHTS)
+        rewards = rewards_of(parsed.controls, trajectories, parsed.is_valid)
         totals[name] = rewards.total[moving]
     for other in ("coasting", "noise", "negative"):
         assert (totals["lqr"] > totals[other]).all(), other
@@ -322,7 +326,7 @@ def test_fuzzed_texts_have_finite_rewards_and_valid_beats_malformed(texts):
     starts = torch.full((len(texts), 2), 0.8, dtype=torch.float64)
     trajectories = plant.simulate(starts, parsed.controls)
     for kind in ("progress", "punishment"):
-        rewards = compute_rewards(kind, parsed, trajectories, plant, COST, WEIGHTS)
+        rewards = rewards_of(parsed.controls, trajectories, parsed.is_valid, kind, plant=plant)
         assert rewards.total.isfinite().all()
         malformed = 0 if kind == "progress" else -10
         assert (rewards.total[~parsed.is_valid] == malformed).all()
@@ -387,10 +391,10 @@ def test_a_horizon_of_one_has_no_differences_and_full_smoothness():
 
 def test_float32_trajectories_give_float64_rewards():
     starts, controls = draw(5)
-    parsed = ParsedControls(controls, torch.ones(5, dtype=torch.bool), torch.full((5,), 50))
+    valid = torch.ones(5, dtype=torch.bool)
     trajectories = PLANT.simulate(starts.float(), controls.float())
     for kind in ("progress", "punishment"):
-        rewards = compute_rewards(kind, parsed, trajectories, PLANT, COST, WEIGHTS)
+        rewards = rewards_of(controls, trajectories, valid, kind)
         assert rewards.total.dtype == torch.float64
         assert all(value.dtype == torch.float64 for value in rewards.components.values())
         expected = score(starts, controls, kind).total
@@ -399,12 +403,11 @@ def test_float32_trajectories_give_float64_rewards():
 
 def test_mistakes_of_ours_are_errors():
     starts, controls = draw(3)
-    parsed = ParsedControls(controls, torch.ones(3, dtype=torch.bool), torch.full((3,), 50))
-    trajectories = PLANT.simulate(starts[:2], controls[:2])
+    valid, trajectories = torch.ones(3, dtype=torch.bool), PLANT.simulate(starts, controls)
     with pytest.raises(ValueError, match=r"^applied must have shape \[N, T\] with N=3, T=50, got"):
-        compute_rewards("progress", parsed, trajectories, PLANT, COST, WEIGHTS)
+        tally_of(controls, PLANT.simulate(starts[:2], controls[:2]), PLANT, COST)
     with pytest.raises(ValueError, match=r"^kind must be progress or punishment, got sparse"):
-        compute_rewards("sparse", parsed, PLANT.simulate(starts, controls), PLANT, COST, WEIGHTS)
+        rewards_of(controls, trajectories, valid, "sparse")
     with pytest.raises(ValueError, match=r"^baseline must have shape \[N\] with N=3, got \(2,\)"):
         Rewards({"baseline": torch.zeros(2)}, torch.zeros(3))
     with pytest.raises(ValueError, match=r"^lqr must be at least 0 and finite, got -15\.0"):
@@ -413,9 +416,7 @@ def test_mistakes_of_ours_are_errors():
 
 def test_both_rewards_read_the_same_tally():
     starts, controls = draw(3)
-    parsed = ParsedControls(controls, torch.ones(3, dtype=torch.bool), torch.full((3,), 50))
-    trajectories = PLANT.simulate(starts, controls)
-    tally = tally_of(parsed, trajectories, PLANT, COST)
+    tally = tally_of(controls, PLANT.simulate(starts, controls), PLANT, COST)
     progress, punishment = progress_rewards(tally, 50, WEIGHTS), punishment_rewards(tally)
     assert list(progress) == NAMES
     assert list(punishment) == ["cost", "success", "constraints"]
