@@ -275,18 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, config.learning_rate, betas, config.weight_decay, config.final_norm_rate
         )
         manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
-        training = Training(
-            run,
-            stop,
-            config,
-            manifest,
-            task,
-            model,
-            optimizer,
-            device,
-            config.stop_patience,
-            reference,
-        )
+        training = Training(run, stop, config, manifest, task, model, optimizer, device, reference)
         training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
         starts, num_skipped = split_starts(task.plant).training, 0
         kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)

@@ -3,7 +3,8 @@
 A model folder is a Hugging Face folder (config.json, model.safetensors, generation_config.json,
 tokenizer) with `minigrpo.json`, the manifest: what the model was trained for and how. A checkpoint,
 checkpoints/step-000100, is a model folder plus `trainer.safetensors`: AdamW's moments by parameter
-name, and the counters in its metadata. A run publishes its best model into the run folder itself.
+name. Its step is in the metadata of model.safetensors. A run publishes its best model into the run
+folder itself.
 
 What is written is written beside its place, synced, then renamed: the rename marks completeness.
 """
@@ -30,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import GRPOConfig, Resolved, SFTConfig, Value
 from minigrpo.data import SFTBatch, Task
-from minigrpo.distributed import any_rank, cut_like, max_over_ranks, rank, whole
+from minigrpo.distributed import cut_like, from_rank_zero, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
@@ -138,8 +139,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 def saved_config(folder: Path) -> dict[str, Value] | None:
     """The settings of the run in this folder at its newest save; None where nothing was saved."""
-    step = _latest_step(folder)
-    newest = folder if step < 0 else folder / "checkpoints" / f"step-{step:06d}"
+    newest = _latest(folder) or folder
     return load_manifest(newest).config if (newest / "minigrpo.json").is_file() else None
 
 
@@ -215,12 +215,8 @@ def published(folder: Path) -> tuple[int, float] | None:
 
 def is_best(folder: Path, score: float) -> bool:
     """Does the score beat the published model's? Rank 0 looks, so that all ranks agree on it."""
-
-    def beats() -> bool:
-        best = published(folder)
-        return best is None or score > best[1]
-
-    return any_rank(rank() == 0 and beats())
+    best = from_rank_zero(lambda: published(folder))
+    return best is None or score > best[1]
 
 
 def save_checkpoint(
@@ -230,7 +226,6 @@ def save_checkpoint(
     optimizer: Optimizer,
     task: Task,
     manifest: Manifest,
-    counters: dict[str, float | int],
     base: str | None = None,
 ) -> Path:
     """Write checkpoints/step-000100, all or nothing; called on every rank.
@@ -241,7 +236,7 @@ def save_checkpoint(
     weights, trained = _plain_weights(model), _full_moments(model, optimizer)
     own = adapters(model)
     trained |= {f"{ADAPTER}{name}": whole(value).detach().cpu() for name, value in own.items()}
-    described = {"counters": json.dumps(counters)}
+    described = {"format": "pt"}  # without tensors a file can only be read with some metadata
     if base is not None:
         described["base"] = base
     final = run_folder / "checkpoints" / f"step-{step:06d}"
@@ -267,7 +262,7 @@ def prune_checkpoints(run_folder: Path, keep_last: int) -> None:
     """Delete all but the newest; called on every rank, after the newest was saved."""
 
     def delete() -> None:
-        for _, path in _complete(run_folder)[:-keep_last]:
+        for path in _complete(run_folder)[:-keep_last]:
             doomed = path.with_suffix(".tmp")  # half deleted must not look complete
             path.rename(doomed)
             shutil.rmtree(doomed)
@@ -277,12 +272,11 @@ def prune_checkpoints(run_folder: Path, keep_last: int) -> None:
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
     """The newest checkpoint that can be read; damaged ones are reported. Called on every rank."""
-    step = max_over_ranks(_latest_step(run_folder) if rank() == 0 else -1)
-    return None if step < 0 else run_folder / "checkpoints" / f"step-{step:06d}"
+    return from_rank_zero(lambda: _latest(run_folder))
 
 
-def _latest_step(run_folder: Path) -> int:
-    for step, path in reversed(_complete(run_folder)):
+def _latest(run_folder: Path) -> Path | None:
+    for path in reversed(_complete(run_folder)):
         try:
             load_manifest(path)
             for name in ("model.safetensors", "trainer.safetensors"):
@@ -290,14 +284,15 @@ def _latest_step(run_folder: Path) -> int:
         except ValueError as error:
             print(f"{path} is damaged and not used: {error}", file=sys.stderr)
         else:
-            return step
-    return -1
+            return path
+    return None
 
 
-def _complete(run_folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the complete checkpoints, oldest first; a `.tmp` is none."""
+def _complete(run_folder: Path) -> list[Path]:
+    """Folders of the complete checkpoints, oldest first; a `.tmp` is none."""
     found = (run_folder / "checkpoints").glob("step-*")
-    return sorted((int(path.name[5:]), path) for path in found if path.name[5:].isdecimal())
+    complete = [path for path in found if path.name[5:].isdecimal()]
+    return sorted(complete, key=lambda path: int(path.name[5:]))
 
 
 def load_trainer(
@@ -306,8 +301,8 @@ def load_trainer(
     optimizer: Optimizer,
     manifest: Manifest,
     base: str | None = None,
-) -> dict[str, float | int]:
-    """Put a checkpoint's weights and AdamW state in place, bit for bit, and return its counters.
+) -> int:
+    """Put a checkpoint's weights and AdamW state in place, bit for bit, and return its step.
 
     ValueError, with nothing changed: it is damaged, or was made for another task, model or base.
     """
@@ -319,9 +314,9 @@ def load_trainer(
     loaded = load_transformer(folder)
     if loaded.config != model.config:
         raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
+    step = int(_metadata(folder / "model.safetensors", "step")["step"])
     path = folder / "trainer.safetensors"
-    described = _metadata(path, "counters")
-    counters: dict[str, float | int] = json.loads(described["counters"])
+    described = _metadata(path)
     # A run that had no reference so far may get one: it starts to be kept then.
     if base is not None and (got := described.get("base", base)) != base:
         raise ValueError(
@@ -341,7 +336,7 @@ def load_trainer(
     cut = {name: cut_like(value, places[name]) for name, value in weights.items()}
     model.load_state_dict(cut, strict=not own)
     optimizer.load_state_dict(state)
-    return counters
+    return step
 
 
 def _adapters_of(

@@ -387,7 +387,7 @@ class StopSignal:
         named = os.environ.get("STOP_FILE")
         self._file = Path(named) if named else folder / "STOP"
         self._deadline = time.monotonic() + 60 * minutes if minutes > 0 else math.inf
-        self._signal: signal.Signals | None = None
+        self._is_signalled = False
         self._restore: list[Callable[[], object]] = []
         if rank() == 0 and not named:
             self._file.unlink(missing_ok=True)
@@ -403,22 +403,15 @@ class StopSignal:
             self._restore.pop()()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number)
+        self._is_signalled = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nsaving after this step, Ctrl-C again aborts\n")
 
     def requested(self) -> bool:
         """This rank's view; combine it with `any_rank`."""
-        return bool(self.reason())
-
-    def reason(self) -> str:
-        """Why this rank wants to stop, empty if it does not."""
-        if self._signal is not None:
-            return self._signal.name
-        if rank() == 0 and self._file.exists():
-            return f"stop file {self._file}"
-        return "deadline" if time.monotonic() >= self._deadline else ""
+        is_asked = self._is_signalled or (rank() == 0 and self._file.exists())
+        return is_asked or time.monotonic() >= self._deadline
 
 
 def keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ training.finish()
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
@@ -35,40 +36,34 @@ from minigrpo.runs import RunFolder, StopSignal
 from minigrpo.transformer import Transformer
 
 
+@dataclass(eq=False)
 class Training:
     """A run in progress. Every method is called on every rank, at the same step."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        stop: StopSignal,
-        config: SFTConfig | GRPOConfig,
-        manifest: Manifest,
-        task: Task,
-        model: Transformer,
-        optimizer: Optimizer,
-        device: torch.device,
-        stop_patience: int = 0,
-        reference: Transformer | None = None,
-    ):
+    run: RunFolder
+    stop: StopSignal
+    config: SFTConfig | GRPOConfig
+    manifest: Manifest
+    task: Task
+    model: Transformer
+    optimizer: Optimizer
+    device: torch.device
+    reference: Transformer | None = None
+
+    def __post_init__(self) -> None:
         """Take the state of the newest checkpoint if the run is resumed and has one.
 
         ValueError: that is damaged, or of another task, model or KL reference.
         """
-        self.run, self.stop, self.config, self.manifest, self.task = (
-            run, stop, config, manifest, task,
-        )  # fmt: skip
-        self.model, self.optimizer, self.device = model, optimizer, device
-        self.stop_patience = stop_patience
-        frozen = model if adapters(model) else reference
+        run, model = self.run, self.model
+        frozen = model if adapters(model) else self.reference
         self.base = None if frozen is None else base_digest(frozen)  # made once
-        start = latest_checkpoint(run.folder) if config.resume else None
-        self.is_resumed, self.is_stopped = start is not None, False
-        self.done = 0
+        start = latest_checkpoint(run.folder) if self.config.resume else None
+        self.is_resumed, self.is_stopped, self.done = start is not None, False, 0
         if start is not None:
-            self.done = int(load_trainer(start, model, optimizer, manifest, self.base)["step"])
+            self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
         self.history: list[dict[str, float]] = []  # metrics of step 0, 1, ...
-        run.record_attempt(vars(config), device)
+        run.record_attempt(vars(self.config), self.device)
 
     def describe(self, lines: Sequence[str]) -> None:
         """Print what will be done, before the first step."""
@@ -94,10 +89,10 @@ class Training:
 
     def is_finished(self) -> bool:
         """Were all steps done, or did the evaluations converge?"""
-        if self.done >= self.config.steps:
-            return True
-        patience = self.stop_patience
-        return patience > 0 and has_converged(self.column("eval/greedy_reward"), patience)
+        config = self.config
+        patience = config.stop_patience if isinstance(config, GRPOConfig) else 0
+        converged = has_converged(self.column("eval/greedy_reward"), patience)
+        return self.done >= config.steps or converged
 
     def end_step(self, metrics: Mapping[str, float], failure: str = "") -> None:
         """Evaluate and log; save where it is due.
@@ -120,17 +115,11 @@ class Training:
             check_equal_weights(self.model)
         is_due = self.done % config.save_every == 0
         if is_due or self.is_stopped or self.is_finished():
+            folder, task, manifest = self.run.folder, self.task, self.manifest
             save_checkpoint(
-                self.run.folder,
-                self.done,
-                self.model,
-                self.optimizer,
-                self.task,
-                self.manifest,
-                {"step": self.done},
-                self.base,
+                folder, self.done, self.model, self.optimizer, task, manifest, self.base
             )
-            prune_checkpoints(self.run.folder, config.keep_last)
+            prune_checkpoints(folder, config.keep_last)
 
     def finish(self) -> None:
         """Write STATUS and say what was published."""

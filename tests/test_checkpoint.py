@@ -80,7 +80,7 @@ def train(model: Transformer, optimizer: AdamW, steps: range) -> None:
 
 
 def save(folder: Path, step: int, model: Transformer, optimizer: AdamW) -> Path:
-    return save_checkpoint(folder, step, model, optimizer, TASK, MANIFEST, {"step": step})
+    return save_checkpoint(folder, step, model, optimizer, TASK, MANIFEST)
 
 
 def everything(model: Transformer, optimizer: AdamW) -> dict[str, torch.Tensor]:
@@ -113,15 +113,14 @@ def test_three_steps_and_resume_and_three_are_six_steps_bit_for_bit(tmp_path: Pa
 
     first, first_optimizer = make_model()
     train(first, first_optimizer, range(3))
-    counters: dict[str, float | int] = {"step": 3, "best": 0.1 + 0.2}
-    save_checkpoint(tmp_path, 3, first, first_optimizer, TASK, MANIFEST, counters)
+    save(tmp_path, 3, first, first_optimizer)
     second, second_optimizer = make_model(seed=1)
     folder = latest_checkpoint(tmp_path)
     assert folder is not None
-    loaded = load_trainer(folder, second, second_optimizer, MANIFEST)
-    train(second, second_optimizer, range(3, 6))
+    step = load_trainer(folder, second, second_optimizer, MANIFEST)
+    train(second, second_optimizer, range(step, 6))
 
-    assert loaded == counters and isinstance(loaded["step"], int)
+    assert step == 3
     assert_same(everything(second, second_optimizer), everything(model, optimizer))
 
 
@@ -299,9 +298,7 @@ def test_a_checkpoint_of_another_task_is_refused_and_changes_nothing(
 def test_other_settings_of_the_run_are_no_reason_to_refuse(tmp_path: Path) -> None:
     model, optimizer = make_model()
     folder = save(tmp_path, 1, model, optimizer)
-    assert load_trainer(folder, model, optimizer, replace(MANIFEST, config={"steps": 8})) == {
-        "step": 1
-    }
+    assert load_trainer(folder, model, optimizer, replace(MANIFEST, config={"steps": 8})) == 1
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -315,27 +312,33 @@ def test_moments_of_other_parameters_are_refused_and_change_nothing(tmp_path: Pa
     trained, trained_optimizer = make_model()
     train(trained, trained_optimizer, range(1))
     folder = save(tmp_path, 1, trained, trained_optimizer)
-    path, metadata = folder / "trainer.safetensors", {"counters": "{}"}
+    path = folder / "trainer.safetensors"
     moments = load_file(path)
     model, optimizer = make_model(seed=1)
     before = everything(model, optimizer)
     name = "exp_avg_sq.blocks.1.mlp.down.weight"
     lacking = {key: value for key, value in moments.items() if key != name}
     cases = {
-        f"{path} lacks {name}": (lacking, metadata),
-        f"{path} has unknown more": ({**moments, "more": torch.zeros(1)}, metadata),
-        f"{path}: {name} must have shape (8, 12), got (12, 8)": (
-            {**moments, name: moments[name].T.contiguous()},
-            metadata,
-        ),
-        f"{path} must have counters in its metadata, got {{'a': 'b'}}": (moments, {"a": "b"}),
+        f"{path} lacks {name}": lacking,
+        f"{path} has unknown more": {**moments, "more": torch.zeros(1)},
+        f"{path}: {name} must have shape (8, 12), got (12, 8)": {
+            **moments,
+            name: moments[name].T.contiguous(),
+        },
     }
-    for message, (tensors, described) in cases.items():
-        save_file(tensors, path, metadata=described)
+    for message, tensors in cases.items():
+        save_file(tensors, path)
         with pytest.raises(ValueError) as caught:
             load_trainer(folder, model, optimizer, MANIFEST)
         assert str(caught.value) == message
         assert_same(everything(model, optimizer), before)
+    save_file(moments, path)
+    path = folder / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as caught:
+        load_trainer(folder, model, optimizer, MANIFEST)
+    assert str(caught.value) == f"{path} must have step in its metadata, got {{'format': 'pt'}}"
+    assert_same(everything(model, optimizer), before)
 
 
 def test_a_published_model_loads_as_it_was(tmp_path: Path) -> None:
@@ -496,7 +499,7 @@ def test_the_saved_settings_are_those_of_the_newest_save(tmp_path: Path) -> None
     publish_model(tmp_path, model, TASK, MANIFEST, 1, 1.0)
     assert saved_config(tmp_path) == MANIFEST.config
     newer = replace(MANIFEST, config={"steps": 9})
-    folder = save_checkpoint(tmp_path, 2, model, optimizer, TASK, newer, {"step": 2})
+    folder = save_checkpoint(tmp_path, 2, model, optimizer, TASK, newer)
     assert saved_config(tmp_path) == {"steps": 9} == load_manifest(folder).config
 
 

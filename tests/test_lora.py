@@ -242,7 +242,7 @@ def test_a_checkpoints_adapters_fit_their_flags_and_their_base(tmp_path: Path) -
     adapted(model)
     optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
     base = base_digest(model)
-    folder = save_checkpoint(tmp_path, 3, model, optimizer, task, manifest, {"step": 3}, base)
+    folder = save_checkpoint(tmp_path, 3, model, optimizer, task, manifest, base)
 
     def resumed(targets: str, change: str | None = None) -> Transformer:
         other = load_model(tmp_path / "sft")[0]
@@ -274,9 +274,8 @@ def test_a_checkpoints_adapters_fit_their_flags_and_their_base(tmp_path: Path) -
         with pytest.raises(ValueError, match=message):
             resumed(targets, change)
     bare = load_model(tmp_path / "sft")[0]
-    plain_folder = save_checkpoint(
-        tmp_path, 4, bare, adamw(bare, 1e-2, (0.9, 0.99), 0.1), task, manifest, {"step": 4}
-    )
+    plain_optimizer = adamw(bare, 1e-2, (0.9, 0.99), 0.1)
+    plain_folder = save_checkpoint(tmp_path, 4, bare, plain_optimizer, task, manifest)
     with pytest.raises(ValueError, match=r"lora_a.q_proj must have shape \(3, 12\), got none"):
         load_trainer(plain_folder, model, optimizer, manifest)
 
