@@ -1,5 +1,5 @@
-"""AdamW with weight decay on matrices only; schedules as pure functions of the step or of what was
-measured so far, so that resuming needs no state of theirs.
+"""AdamW with weight decay on matrices only, and one step of it; schedules as pure functions of the
+step or of what was measured so far, so that resuming needs no state of theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from statistics import fmean
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from minigrpo.distributed import cut_like, whole
+from minigrpo.distributed import (
+    cut_like,
+    gradient_norm,
+    reduce_gradients,
+    scale_gradient,
+    whole,
+)
 from minigrpo.transformer import Transformer
 
 
@@ -47,6 +53,30 @@ def adamw(
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Set the rate of each group: this one, times the group's `rate` if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("rate", 1.0)
+
+
+def apply_gradient(
+    model: Transformer, optimizer: Optimizer, max_grad_norm: float, kernel: Tensor | None
+) -> float:
+    """One optimizer step along this rank's gradient; returned is the norm of the gradient.
+
+    It is summed over ranks, scaled down to max_grad_norm where it is longer, and then smoothed by
+    the kernel, if there is one. Where its norm is not finite nothing is changed; the norm is that
+    of all ranks, so all skip together.
+    """
+    reduce_gradients(model)
+    norm = gradient_norm(model)
+    if math.isfinite(norm):
+        scale_gradient(model, min(1.0, max_grad_norm / (norm + 1e-6)))
+        smooth_gradients(model, kernel)
+        optimizer.step()
+    return norm
+
+
 def smooth_gradients(model: Transformer, kernel: Tensor | None) -> None:
     """G -> S G for the gradients [V, E] of embedding and head, S = `tokenizer.gradient_kernel`.
 
@@ -60,12 +90,6 @@ def smooth_gradients(model: Transformer, kernel: Tensor | None) -> None:
         if kernel is not None and table.grad is not None:
             full = whole(table.grad)
             table.grad = cut_like(kernel.to(full) @ full, table)
-
-
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Set the rate of each group: this one, times the group's `rate` if it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("rate", 1.0)
 
 
 def cosine_learning_rate(

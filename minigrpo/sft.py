@@ -20,17 +20,8 @@ from torch.nn import functional as F
 
 from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch, keyed_generator
-from minigrpo.distributed import (
-    backward,
-    cut_like,
-    gradient_norm,
-    max_over_ranks,
-    reduce_gradients,
-    scale_gradient,
-    sum_over_ranks,
-    whole,
-)
-from minigrpo.optim import set_learning_rate, smooth_gradients
+from minigrpo.distributed import backward, cut_like, max_over_ranks, sum_over_ranks, whole
+from minigrpo.optim import apply_gradient, set_learning_rate
 from minigrpo.policy import in_chunks, tempered
 from minigrpo.tokenizer import number_kernel
 from minigrpo.transformer import Transformer
@@ -128,11 +119,6 @@ def supervised_step(
                 loss = sft_loss(model, batch.rows(chosen), smoothing)
             backward(model, loss / num_labelled)
             total += loss.detach()
-    reduce_gradients(model)
-    norm = gradient_norm(model)
-    if math.isfinite(norm):
-        scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
-        smooth_gradients(model, kernel)
-        optimizer.step()
+    norm = apply_gradient(model, optimizer, config.max_grad_norm, kernel)
     mean = float(sum_over_ranks(total) / num_labelled)
     return {"loss/total": mean, "update/grad_norm": norm, "update/learning_rate": learning_rate}

@@ -17,15 +17,7 @@ from torch import Tensor
 
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
-from minigrpo.distributed import (
-    backward,
-    gather_rows,
-    gradient_norm,
-    max_over_ranks,
-    reduce_gradients,
-    scale_gradient,
-    sum_over_ranks,
-)
+from minigrpo.distributed import backward, gather_rows, max_over_ranks, sum_over_ranks
 from minigrpo.grpo import (
     Aggregation,
     LossMetrics,
@@ -34,7 +26,7 @@ from minigrpo.grpo import (
     loss_report,
     merge_metrics,
 )
-from minigrpo.optim import set_learning_rate, smooth_gradients
+from minigrpo.optim import apply_gradient, set_learning_rate
 from minigrpo.policy import completion_scores
 from minigrpo.rollout import Rollout, minibatches, rows_per_prompt
 from minigrpo.transformer import Transformer
@@ -78,14 +70,7 @@ def update_policy(
         drifts.append(drift_of(metrics))
         if config.target_kl and drifts[-1] > config.target_kl:
             break
-        reduce_gradients(model)
-        norm = gradient_norm(model)
-        norms.append(norm)
-        if not math.isfinite(norm):  # the norm is that of all ranks, so all skip together
-            continue
-        scale_gradient(model, min(1.0, config.max_grad_norm / (norm + 1e-6)))
-        smooth_gradients(model, kernel)
-        optimizer.step()
+        norms.append(apply_gradient(model, optimizer, config.max_grad_norm, kernel))
     optimizer.zero_grad(set_to_none=True)
     sums = [merge_metrics(parts).vector(), torch.stack(entropies).sum(), torch.stack(gaps).amax()]
     everybodys = gather_rows([value.cpu() for value in sums])

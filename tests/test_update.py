@@ -13,7 +13,7 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import policy, update
+from minigrpo import optim, policy, update
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.grpo import group_advantages
@@ -655,14 +655,14 @@ def test_training_ends_at_the_third_step_in_a_row_that_is_skipped(
     bad: tuple[int, ...], ended: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rollouts of two optimizer steps: those in a row may belong to two rollouts."""
-    count, norm = 0, update.gradient_norm
+    count, norm = 0, optim.gradient_norm
 
     def sometimes_nan(model: Transformer) -> float:
         nonlocal count
         count += 1
         return math.nan if count in bad else norm(model)
 
-    monkeypatch.setattr(update, "gradient_norm", sometimes_nan)
+    monkeypatch.setattr(optim, "gradient_norm", sometimes_nan)
     flags = (
         f"--init {untrained_checkpoint(tmp_path / 'sft')} --save-dir {tmp_path / 'grpo'} --steps 3 "
         "--prompts-per-step 2 --group-size 2 --num-minibatches 2 --eval-cases 8 --eval-every 99 "
