@@ -119,28 +119,23 @@ def write_plans(
 
 
 def act(
-    model: Transformer,
-    prompts: Prompts,
-    group_size: int,
-    task: Task,
-    acting: ActingPolicy,
-    uniforms: Tensor,
-    reward: RewardFunction,
-    rows_per_batch: int,
+    model: Transformer, prompts: Prompts, config: GRPOConfig, task: Task, reward: RewardFunction
 ) -> Experience:
     """Sample, parse, simulate and score G completions for each prompt.
 
     The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees
     equal rewards (if not values of choices, which are many more plans, to the last bit).
     """
+    acting = ActingPolicy(config.temperature, config.top_p, config.support_size)
+    group_size, length = config.group_size, task.max_completion_length
+    uniforms = token_uniforms(config.seed, prompts.indices, group_size, length)
     completions, texts, parsed = write_plans(
-        model, prompts, group_size, task, acting, uniforms, rows_per_batch
+        model, prompts, group_size, task, acting, uniforms, config.rows_per_batch
     )
     starts = repeat(prompts.initial_states, "p two -> (p g) two", g=group_size)  # [N, 2]
     trajectories = task.plant.simulate(starts, parsed.controls)
-    rewards = reward(
-        tally_of(parsed.controls, trajectories, task.plant, task.cost), parsed.is_valid
-    )
+    tally = tally_of(parsed.controls, trajectories, task.plant, task.cost)
+    rewards = reward(tally, parsed.is_valid)
     return Experience(completions, texts, parsed, trajectories, rewards)
 
 
@@ -227,10 +222,6 @@ def make_rollout(
 ) -> tuple[Rollout, Experience, dict[str, float]]:
     """One rollout with the current weights, its text side, and the seconds of each phase."""
     began = time.perf_counter()
-    acting = ActingPolicy(config.temperature, config.top_p, config.support_size)
-    uniforms = token_uniforms(
-        config.seed, prompts.indices, config.group_size, task.max_completion_length
-    )
     device = next(model.parameters()).device
     tokens, mask = (
         repeat(t.to(device), "p l -> (p g) l", g=config.group_size)
@@ -243,16 +234,7 @@ def make_rollout(
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         with gathered(model):
-            experience = act(
-                model,
-                prompts,
-                config.group_size,
-                task,
-                acting,
-                uniforms,
-                reward,
-                config.rows_per_batch,
-            )
+            experience = act(model, prompts, config, task, reward)
             sampled, completions = time.perf_counter(), experience.completions
             choices = None
             if config.credit == "choice":
