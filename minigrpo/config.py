@@ -37,6 +37,15 @@ def flag(
 class Settings:
     """What every command has; construction checks every field's range."""
 
+    device: str = flag(
+        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
+    )
+    precision: str = flag(
+        "float32",
+        "autocast of the forward passes; weights (and AdamW) stay float32",
+        choices=("float32", "bfloat16"),
+    )
+
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_range(item.name, getattr(self, item.name), item.metadata["limits"])
@@ -71,14 +80,6 @@ class RunSettings(Settings):
         at_least=0,
         at_most=2**32 - 1,
     )
-    device: str = flag(
-        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
-    )
-    precision: str = flag(
-        "float32",
-        "autocast of the forward passes; weights and AdamW stay float32",
-        choices=("float32", "bfloat16"),
-    )
     matmul_precision: str = flag(
         "auto",
         "torch.set_float32_matmul_precision; auto: high (TF32) on a GPU, on a CPU the faster "
@@ -92,6 +93,13 @@ class RunSettings(Settings):
     lora_alpha: float = flag(32.0, "an adapter's product B A is weighted with this / rank", above=0)
     lora_targets: str = flag(
         ",".join(LORA_TARGETS), "modules that get an adapter, by transformers' names"
+    )
+    micro_batch_size: int = flag(
+        128, "rows per forward pass; cannot change the gradient", at_least=1
+    )
+    adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
+    max_grad_norm: float = flag(
+        1.0, "gradient norm above which the gradient is scaled down", above=0
     )
     gradient_smoothing_width: float = flag(
         0.0,
@@ -176,16 +184,9 @@ class SFTConfig(RunSettings):
     )
     steps: int = flag(1200, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
-    micro_batch_size: int = flag(
-        128, "rows per forward pass; cannot change the gradient", at_least=1
-    )
     learning_rate: float = flag(4e-3, "peak of the cosine schedule", above=0)
     warmup_steps: int = flag(20, "steps of linear warm-up", at_least=0)
     weight_decay: float = flag(0.1, "AdamW decay of the matrices", at_least=0)
-    adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
-    max_grad_norm: float = flag(
-        1.0, "gradient norm above which the gradient is scaled down", above=0
-    )
     smoothing_width: float = flag(
         0.03,
         "tiny model: ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers",
@@ -220,9 +221,6 @@ class GRPOConfig(RunSettings):
     group_size: int = flag(16, "completions per prompt", at_least=2)
     num_epochs: int = flag(1, "passes over a rollout", at_least=1)
     num_minibatches: int = flag(1, "optimizer steps per pass, each on whole groups", at_least=1)
-    micro_batch_size: int = flag(
-        64, "rows per forward pass; cannot change the gradient", at_least=1
-    )
     rows_per_batch: int = flag(512, "rows decoded together; cannot change a token", at_least=1)
     temperature: float = flag(
         1.5, "of the acting policy, in sampling and in every log-prob", above=0
@@ -261,10 +259,6 @@ class GRPOConfig(RunSettings):
         0, "finish after that many evaluations without a new best one; 0: never", at_least=0
     )
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
-    adam_beta2: float = flag(0.99, "AdamW second-moment decay", above=0, at_most=0.99999)
-    max_grad_norm: float = flag(
-        1.0, "gradient norm above which the gradient is scaled down", above=0
-    )
     target_kl: float = flag(
         0.0,
         "the optimizer steps that are left of a rollout are not made once the policy has drifted "
@@ -360,12 +354,6 @@ class EvalConfig(Settings):
     )
     temperature: float = flag(1.0, "of the sampled rows", above=0)
     top_p: float = flag(1.0, "nucleus mass of the sampled rows", above=0, at_most=1)
-    device: str = flag(
-        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
-    )
-    precision: str = flag(
-        "float32", "autocast of the forward passes", choices=("float32", "bfloat16")
-    )
     overwrite: bool = flag(False, "replace an evaluation.json that is already there")
 
 
@@ -376,7 +364,6 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
         "prompts_per_step": 512,
         "group_size": 4,
         "num_minibatches": 8,
-        "micro_batch_size": 128,
         "rows_per_batch": 1024,
         "gradient_smoothing_width": 0.1,
         "temperature": 1.0,
@@ -485,7 +472,7 @@ def resolve(
     if given.get("save_dir", "") == os.environ.get("RUN_DIR"):
         sources["save_dir"] = "environment"
     _check_types(kind, values)
-    return Resolved(kind(**values), sources)
+    return Resolved(kind(**values), sources)  # type: ignore[arg-type]  # checked above
 
 
 def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:

@@ -171,7 +171,7 @@ def test_help_has_every_field_with_its_text_and_its_defaults(
         assert f"{text} (default: {item.default}{''.join(differ)})".strip() in printed
     if kind is GRPOConfig:
         assert "(default: 32; tiny: 512)" in printed
-        assert "(default: 64; tiny: 128; pretrained: 8)" in printed
+        assert "(default: 128; pretrained: 8)" in printed
 
 
 def just_outside(kind: type[Settings], name: str) -> list[tuple[Value, str]]:
