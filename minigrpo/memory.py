@@ -28,8 +28,9 @@ import torch
 
 from minigrpo.config import RunSettings, Value
 from minigrpo.distributed import local_world_size, max_over_ranks
+from minigrpo.lora import add_adapters
 from minigrpo.policy import chunk_elements
-from minigrpo.transformer import TransformerConfig, linear_parts
+from minigrpo.transformer import Transformer, TransformerConfig
 
 C = TypeVar("C", bound=RunSettings)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -98,8 +99,7 @@ def memory_estimate(
     is_sharded = config.parallel == "fsdp" and num_ranks > 1
     has_graphs = work.is_on_cuda and not is_sharded
     flat = 2 if num_ranks > 1 and shards == 1 else 1  # reduce_gradients makes one vector of them
-    base, added = _num_parameters(shape), _num_adapters(shape, config)
-    weights, trained = 4 * (base + added), 4 * (added if config.lora_rank else base)
+    weights, trained = (4 * count for count in _num_parameters(shape, config))
     tables = 4 * shape.vocab_size * shape.width * (1 if shape.tied_head else 2)
     half = config.precision == "bfloat16"
     narrow = 2 if half else 4
@@ -150,32 +150,13 @@ def memory_estimate(
     )
 
 
-def _num_parameters(shape: TransformerConfig) -> int:
-    columns = _columns(shape)
-    block = 2 * shape.width + (2 * shape.head_size if shape.qk_norm else 0)
-    for module, parts in linear_parts(shape).items():
-        bias = module == "attention.qkv" and shape.qkv_bias
-        block += sum(parts.values()) * (columns[module] + bias)
-    tables = 1 if shape.tied_head else 2
-    return tables * shape.vocab_size * shape.width + shape.num_layers * block + shape.width
-
-
-def _num_adapters(shape: TransformerConfig, config: RunSettings) -> int:
-    """rank (rows + columns) for each target."""
-    columns, targets = _columns(shape), config.lora_targets.split(",")
-    sides = [
-        rows + columns[module]
-        for module, parts in linear_parts(shape).items()
-        for name, rows in parts.items()
-        if name.rpartition(".")[2] in targets
-    ]
-    return shape.num_layers * config.lora_rank * sum(sides)
-
-
-def _columns(shape: TransformerConfig) -> dict[str, int]:
-    inner = shape.num_heads * shape.head_size
-    sizes = (shape.width, inner, shape.width, shape.mlp_width)
-    return dict(zip(linear_parts(shape), sizes, strict=True))
+def _num_parameters(shape: TransformerConfig, config: RunSettings) -> tuple[int, int]:
+    """All parameters and the trained ones, counted on a model without storage for them."""
+    with torch.device("meta"):
+        model = Transformer(shape)
+    rank, alpha, targets = config.lora_rank, config.lora_alpha, config.lora_targets
+    add_adapters(model, rank, alpha, targets, torch.Generator())
+    return model.num_parameters(), model.num_trained()
 
 
 def _bytes_of_a_block(shape: TransformerConfig, num_keys: int, narrow: int) -> int:

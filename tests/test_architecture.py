@@ -19,7 +19,7 @@ EDGES = {
     "double_integrator": "shapes",
     "policy": "shapes transformer",
     "lora": "distributed transformer",
-    "memory": "config distributed transformer policy",
+    "memory": "config distributed transformer policy lora",
     "runs": "distributed",
     "lqr": "shapes double_integrator",
     "prompts": "shapes double_integrator",
