@@ -84,7 +84,8 @@ def update_policy(
         "update/grad_norm": sum(finite) / len(finite) if finite else math.nan,
         "update/learning_rate": learning_rate,
         "update/num_steps": float(len(norms)),
-        "update/max_drift": float(torch.tensor(drifts).amax()),  # max() can lose a NaN
+        # Not max(), which can lose a NaN.
+        "update/max_drift": float(torch.tensor(drifts, dtype=torch.float64).amax()),
         "update/num_skipped": float(len(norms) - len(finite)),
         "rollout/logprob_gap_max": float(gap),
     }
