@@ -118,6 +118,7 @@ SHORT_ARMS = {
 STRONG = "--num-demonstrations 20000 --steps 2400 --eval-every 50"
 LONG_GRPO = {
     "default": "",
+    "default_again": "--learning-rate 2.5e-4 --decay-steps 190",  # from what default published
     "default_completion": "--credit completion",
     "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} | --steps 120",
@@ -247,6 +248,7 @@ def main_table() -> str:
     cold = [one["sft_temperature_0.5"]["policies"]["sft"]["sampled"] for one in found]
     rows.append(("SFT, sampled at temperature 0.5", cold))
     for name, policy, title in (
+        ("default_again", "grpo", "200 more steps of it at half the rate"),
         ("default_completion", "grpo", "GRPO with credit for completions"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
