@@ -744,7 +744,11 @@ def main() -> None:
     parser.add_argument(
         "--peer-python", default="", help="an interpreter that has trl; empty: not measured"
     )
-    parser.add_argument("--arms", default="", help="only these, with commas")
+    parser.add_argument(
+        "--arms",
+        default="",
+        help="only these, with commas: ours, ours_bf16, ours_fused, trl, trl_tuned, trl_bf16",
+    )
     parser.add_argument("--budget-s", type=float, default=3600.0)
     parser.add_argument("--out", default="")
     parser.add_argument("--arm", choices=tuple(ARMS), help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
 """GRPO as most implementations do it: sampled from the nucleus, scored by the whole softmax.
 
-An arm of the study (README, Ablations): train_grpo.py with its flags, except that current, old and
-reference log-probs forget the stored support. The ratio is still 1 on the first update, and the
-gradient is that of another policy than the one that acted.
+An arm of the study (docs/results.md, Ablations): train_grpo.py with its flags, except that current,
+old and reference log-probs forget the stored support. The ratio is still 1 on the first update, and
+the gradient is that of another policy than the one that acted.
 """
 
 import sys

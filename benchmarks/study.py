@@ -11,16 +11,17 @@ fixed_values/ are of credit for each control with earlier defaults, made again b
 commits ea77fbb and 5930634: in both values of choices stayed those of the rollout and every row of
 embedding and head learned alone, and in fixed_values/ the acting temperature was 1.25. steps_200/
 is of the study of commit bbf4c81: 200 steps, the rate falling over the last 100, 607 tokens.
-seeds_1_2_3/ has today's defaults, some of which were settled on what these seeds showed.
+steps_160/ and seeds_1_2_3/ have today's defaults, the former but for its 160 steps.
 
-Long arms are evaluated on 512 held-out starts; more_sft_* share GRPO's processor time;
+Long arms are evaluated on 512 held-out starts; each more_sft_* takes about GRPO's processor time;
 strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
 from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
 Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
 JSON file in benchmarks/results/ with its flags, commit, seconds, learning curve and numbers.
-Seed 0 is where settings were chosen, seeds 1 to 3 had a say too: README, Results, uses neither.
+An arm that has its file is not run again. Seed 0 is where settings were chosen; seeds 1 and 2 had a
+say in two of them (README, Results). The headline there is of seeds 4 to 6.
 """
 
 from __future__ import annotations
@@ -188,8 +189,12 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
         before, bar, after = LONG_GRPO[name].partition("|")
         sft_flags, flags = (before.split(), after.split()) if bar else ([], before.split())
         sft, folder = trained_sft(sft_flags, seed, work_dir), work_dir / f"{name}-seed{seed}"
-        again = work_dir / f"{name.removesuffix('_again')}-seed{seed}"
-        start = again if name.endswith("_again") else sft
+        start = sft
+        if name.endswith("_again"):  # from what that arm published, whose result may be old
+            first = name.removesuffix("_again")
+            own = LONG_GRPO[first].rpartition("|")[2].split()
+            start = work_dir / f"{first}-seed{seed}"
+            train("train_grpo.py", start, ["--init", str(sft), "--seed", str(seed), *own])
         train("train_grpo.py", folder, ["--init", str(start), "--seed", str(seed), *flags])
         record["flags"] = LONG_GRPO[name]
         record["report"] = evaluated(folder, sft, "evaluation", ["--best-of", "16"])

@@ -24,7 +24,8 @@ Deviations from DeepSeekMath (2402.03300):
   of KL(ref, current); see `reference_kl`.
 - The default is a token mean over the step (dapo), not a mean per sequence; `grpo` restores it.
 - Sample standard deviation plus 1e-4; a group whose rewards span less than 1e-6 gets exactly 0.
-- Two clip bounds instead of one, and a kl_beta of 0.01 by default, where 0 loads no reference.
+- Two clip bounds instead of one, and a kl_beta of 0.01 by default (tiny model 0.001), where 0 loads
+  no reference.
 - With credit for choices a token's gradient is over all tokens there were, and its own term stops
   where the ratio of the drawn one leaves the clip bounds, on either side and in either direction.
 - The log ratio is clamped to +-20 before exp; a clamped token is counted, its policy gradient 0.

@@ -1,7 +1,7 @@
 """How much memory a run will take: a function of shapes, known before anything is allocated.
 
-    model      weights, gradients and AdamW's two moments of what is trained, reference; with
-               autocast a copy of the weights as it casts them, to decode with
+    model      weights, gradients and AdamW's two moments of what is trained, reference; for
+               rollouts under autocast a copy of the weights as it casts them
     sampling   KV cache 2 layers J D (rows (L + C) + prompts L), logits [rows, V], prompts' prefill;
                4 bytes each, since validation is in float32
     update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
@@ -103,6 +103,7 @@ def memory_estimate(
     tables = 4 * shape.vocab_size * shape.width * (1 if shape.tied_head else 2)
     half = config.precision == "bfloat16"
     narrow = 2 if half else 4
+    cast = (weights // 2 + tables) * (half and work.num_rows > 0)  # validation is in float32
     length = work.prompt_length + work.completion_length
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * 4  # of one token
     prefilled = work.num_prefilled * work.prompt_length
@@ -125,10 +126,8 @@ def memory_estimate(
             "reference": weights // shards if work.has_reference else 0,
             "held weights": weights // shards if work.is_perturbed else 0,
             "bfloat16 weights": weights // 2 if half else 0,
-            # For decoding: in float32 with recorded graphs, and as autocast would cast them.
-            "copied weights": 0
-            if is_sharded
-            else weights * has_graphs + (weights // 2 + tables) * half,
+            # In float32 with recorded graphs; rollouts as autocast would cast them.
+            "copied weights": 0 if is_sharded else weights * has_graphs + cast,
         },
         sampling={
             "KV cache": kv * (work.num_decoded * length + prefilled) * (3 if has_graphs else 1),

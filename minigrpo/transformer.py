@@ -219,7 +219,7 @@ class KVCache:
     """Keys and values of the tokens so far, preallocated; the one object written in place.
 
     In memory time-major: a step appends one contiguous block. On CUDA a batch-major one is no
-    faster (README, Speed).
+    faster (docs/speed.md).
     """
 
     def __init__(

@@ -140,6 +140,8 @@ def test_on_cuda_kept_graphs_are_counted_beside_the_update(precision: str) -> No
     weights, tables = plain.model["weights"], 4 * 2 * 50 * 8
     cast = weights // 2 + tables if precision == "bfloat16" else 0
     assert plain.model["copied weights"] == cast
+    supervised = memory_estimate(shape, config, replace(work, num_rows=0))
+    assert supervised.model["copied weights"] == 0
     assert kept.model["copied weights"] == weights + cast
     assert kept.sampling["KV cache"] == 3 * plain.sampling["KV cache"]
     phases = sum(kept.sampling.values()) + sum(kept.update.values())
