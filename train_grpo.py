@@ -72,7 +72,7 @@ from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precisio
 from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
-from minigrpo.update import MAX_SKIPPED_IN_A_ROW, update_policy, warnings_of
+from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
 
 LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
     {"micro_batch_size": 1},
@@ -310,9 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run.log_sample(step + 1, record)
             if any(skipped):
                 save_batch(folder, step + 1, rollout)
-            for is_skipped in skipped:
-                if num_skipped < MAX_SKIPPED_IN_A_ROW:  # where it is reached, it stays
-                    num_skipped = num_skipped + 1 if is_skipped else 0
+            num_skipped = skipped_in_a_row(num_skipped, skipped)
             is_failure = num_skipped == MAX_SKIPPED_IN_A_ROW
             training.end_step(
                 metrics,

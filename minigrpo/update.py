@@ -8,7 +8,7 @@ the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -90,6 +90,17 @@ def update_policy(
         "rollout/logprob_gap_max": float(gap),
     }
     return report, [not math.isfinite(norm) for norm in norms]
+
+
+def skipped_in_a_row(before: int, is_skipped: Sequence[bool]) -> int:
+    """Steps since the last one that was made, `before` of them before this update.
+
+    One that was made later does not take MAX_SKIPPED_IN_A_ROW back once that was reached.
+    """
+    for skipped in is_skipped:
+        if before < MAX_SKIPPED_IN_A_ROW:
+            before = before + 1 if skipped else 0
+    return before
 
 
 def drift_of(metrics: LossMetrics) -> float:

@@ -445,6 +445,17 @@ def test_float32_weights_move_at_a_rate_of_1e_6() -> None:
     assert (moved > 0).float().mean() > 0.5 and moved.max() < 2e-6
 
 
+def test_a_drift_that_is_not_a_number_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    drifts = iter((0.1, math.nan, 0.2))
+    monkeypatch.setattr(update, "drift_of", lambda metrics: next(drifts))
+    model, config = a_model(), replace(CONFIG, num_minibatches=3)
+    rollout = a_rollout(torch.float32, old_logprobs=torch.zeros(15, LONGEST))
+    report, _ = update_policy(
+        model, torch.optim.SGD(model.parameters()), rollout, config, 0, 0.0, ALLOWED
+    )
+    assert math.isnan(report["update/max_drift"])
+
+
 def test_nothing_moves_without_advantages_kl_and_decay() -> None:
     model, zeros = a_model(), torch.zeros(PROMPTS * GROUP).double()
     before, optimizer = weights_of(model), adamw(model, 1e-2, (0.9, 0.99), 0.0)
