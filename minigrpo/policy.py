@@ -33,8 +33,9 @@ from minigrpo.transformer import SharedPrompts, Transformer, fused
 # Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`); on a GPU, where
 # a chunk must be large to be worth its own pass over the head's weight, four times as many.
 CHUNK_ELEMENTS = 2**27
-# Prompts of fewer tokens are fed once a row: to share them would cost more than it saves.
-SHARED_FROM = 32
+# Prompts of fewer tokens are fed once a row: to share them would cost more than it saves. On a GPU,
+# where keys are copied for it, from four times as many.
+SHARED_FROM = 8
 # Tokens of a block of the vocabulary, where draws and top-p go over it in two levels.
 BLOCK = 64
 LARGE_VOCABULARY = 64 * BLOCK
@@ -397,7 +398,8 @@ def completion_scores(
 
     num_rows, (num_prompts, length) = len(completion_tokens), prompt_tokens.shape
     if num_rows > num_prompts:
-        if length >= SHARED_FROM and bool(prompt_mask.all()):
+        least = SHARED_FROM * (4 if prompt_mask.is_cuda else 1)
+        if length >= least and bool(prompt_mask.all()):
             shared = SharedPrompts(num_prompts, length, num_rows)
             tokens = torch.cat([prompt_tokens.flatten(), completion_tokens[:, :-1].flatten()])
             found = model(

@@ -32,6 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minigrpo.elementwise import gated_silu, rms_norm, rotate
+
 P = ParamSpec("P")
 R = TypeVar("R")
 V = TypeVar("V")
@@ -265,9 +267,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -334,8 +334,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(gated_silu(self.gate_up(x)))
         return out
 
 
@@ -354,12 +353,11 @@ class Block(nn.Module):
             before, after = fused(before), fused(after)
         q, k, v = before(self, h, tokens.cos, tokens.sin)
         if tokens.shared is not None:
-            q, k, v = (tokens.shared.spread(x) for x in (q, k, v))
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), tokens.bias, tokens.is_causal)
-        if tokens.shared is not None:
-            mixed = tokens.shared.pack(mixed)
+            mixed = tokens.shared.attend(q, k, v, tokens.bias, tokens.is_causal)
+        else:
+            if cache is not None:
+                k, v = cache.append(layer, k, v)
+            mixed = attend(q, k.to(q.dtype), v.to(q.dtype), tokens.bias, tokens.is_causal)
         return after(self, h, mixed)
 
 
@@ -401,6 +399,50 @@ class SharedPrompts:
     num_prompts: int
     prompt_length: int
     num_rows: int
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """`attend` of packed q [1, H, P L + M Q, D], k and v [1, J, P L + M Q, D].
+
+        A GPU's kernel reads the keys of a row in one piece, so there each row has its copy of the
+        prompt. On a CPU a softmax joins two products: of the queries of a whole group with the keys
+        of their prompt, and of each row's queries with its own keys.
+        """
+        is_prompts_alone = (
+            q.shape[2] == self.num_prompts * self.prompt_length
+        )  # one token is scored
+        if q.is_cuda or bias is None or is_prompts_alone:
+            q, k, v = (self.spread(x) for x in (q, k, v))
+            return self.pack(attend(q, k, v, bias, is_causal))
+        length, scale = self.prompt_length, q.shape[3] ** -0.5
+        sizes = {"p": self.num_prompts, "j": k.shape[1], "g": self.num_rows // self.num_prompts}
+        parts = [self._parts(x, 2) for x in (q, k, v)]
+        first_q, first_k, first_v = (
+            rearrange(x, "1 h (p l) d -> p h l d", p=self.num_prompts) for x, _ in parts
+        )
+        of_prompts = attend(first_q, first_k, first_v, bias[:, :, :length, :length])  # [P, H, L, D]
+
+        # A product each for prompt p and key head j, with r query heads of s tokens of g rows.
+        queries, keys, values = (
+            rearrange(x, "1 (j r) (p g s) d -> (p j g) (r s) d", **sizes) for _, x in parts
+        )
+        shared_keys, shared_values = (
+            rearrange(x, "p j l d -> (p j) l d") for x in (first_k, first_v)
+        )
+        grouped = rearrange(queries, "(b g) s d -> b (g s) d", g=sizes["g"])
+        on_prompt = torch.baddbmm(q.new_zeros(1, 1, 1), grouped, shared_keys.mT, alpha=scale)
+        on_prompt = rearrange(on_prompt, "b (g s) l -> (b g) s l", g=sizes["g"])
+        causal = bias[0, :, length:, length:].repeat(1, q.shape[1] // k.shape[1], 1)  # [1, R S, S]
+        on_own = torch.baddbmm(causal, queries, keys.mT, alpha=scale)
+        weights = F.softmax(torch.cat([on_prompt, on_own], dim=2), dim=2)
+        of_prompt = rearrange(weights[:, :, :length], "(b g) s l -> b (g s) l", g=sizes["g"])
+        mixed = rearrange(of_prompt @ shared_values, "b (g s) d -> (b g) s d", g=sizes["g"])
+        mixed = torch.baddbmm(mixed, weights[:, :, length:], values)
+        of_rows = rearrange(
+            mixed, "(p j g) (r s) d -> 1 (j r) (p g s) d", s=causal.shape[2], **sizes
+        )
+        return torch.cat([rearrange(of_prompts, "p h l d -> 1 h (p l) d"), of_rows], dim=2)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         size = self.num_prompts * self.prompt_length
@@ -462,11 +504,6 @@ def rotary(
     signs = torch.ones(config.head_size, device=positions.device)
     signs[: config.head_size // 2] = -1
     return angles.cos().to(dtype), (angles.sin() * signs).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: the pair (x_i, x_{i + D/2}) turns by position * theta^(-2i/D)."""
-    return (x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def rotary_frequencies(config: TransformerConfig, device: torch.device) -> Tensor:

@@ -22,8 +22,10 @@ from minigrpo import transformer
 from minigrpo.transformer import (
     KVCache,
     RopeStretch,
+    SharedPrompts,
     Transformer,
     TransformerConfig,
+    attend,
     find_pretrained,
     initialise,
     last_logits,
@@ -473,6 +475,30 @@ def test_a_prompt_prefilled_once_serves_each_member_of_its_group():
     got = model(new, longer, cache, last_logits)
     expected = model(torch.cat([prompts[rows], new], dim=1), longer, None, last_logits)
     assert largest_difference(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("key_heads", [1, 3, 6])
+def test_rows_attend_to_a_shared_prompt_as_to_a_copy_of_their_own(key_heads):
+    """Two prompts of four tokens, three rows of five each: as on a CPU, and as on a GPU."""
+    shared = SharedPrompts(num_prompts=2, prompt_length=4, num_rows=6)
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    packed = [
+        torch.randn(1, heads, 2 * 4 + 6 * 5, 8, generator=draw, dtype=torch.float64)
+        for heads in (6, key_heads, key_heads)
+    ]
+    causal = torch.full((1, 1, 9, 9), -torch.inf, dtype=torch.float64).triu(1)
+    weights = torch.randn(packed[0].shape, generator=draw, dtype=torch.float64)
+    for is_joined in (True, False):
+        q, k, v = inputs = [x.clone().requires_grad_() for x in packed]
+        if is_joined:
+            mixed = shared.attend(q, k, v, causal, is_causal=False)
+        else:
+            mixed = shared.pack(attend(*(shared.spread(x) for x in inputs), causal))
+        (mixed * weights).sum().backward()
+        found.append([mixed.detach(), *(x.grad for x in inputs)])
+    for joined, copied in zip(*found, strict=True):
+        assert torch.allclose(joined, copied, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
