@@ -586,7 +586,7 @@ def attend_by(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
 
 def decode(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """CUDA: attention of one new token a layer, and samplers: ms, share of the copy rate."""
-    from minigrpo.policy import ActingPolicy, draw, nucleus
+    from minigrpo.policy import ActingPolicy, draw, draw_untruncated, nucleus
 
     size, found = item.width // item.num_heads, {}
     copy = report.get("ceilings", {}).get("copy_gb_s", float("nan"))
@@ -608,10 +608,15 @@ def decode(item: Item, given: argparse.Namespace, folder: Path, report: dict[str
                     share = gb / seconds / copy
                     found[key] = {"ms": round(1e3 * seconds, 3), "of_copy_rate": round(share, 3)}
         z, u = torch.randn(rows, item.vocab_size, device="cuda"), torch.rand(rows, device="cuda")
-        for top_p in (1.0, 0.9):
-            acting = ActingPolicy(1.0, top_p, 128)
-            seconds = replayed(lambda z=z, u=u, acting=acting: draw(nucleus(z, acting), u))  # type: ignore[misc]
-            found[f"{rows} rows, sampler, top_p {top_p}"] = {"ms": round(1e3 * seconds, 3)}
+        acting = ActingPolicy(1.0, 0.9, 128)
+        samplers: dict[float, Callable[[], object]] = {  # those that `sampling` has for such a V
+            1.0: lambda z=z, u=u: draw_untruncated(z, 1.0, u, False),  # type: ignore[misc]
+            0.9: lambda z=z, u=u, acting=acting: draw(nucleus(z, acting), u),  # type: ignore[misc]
+        }
+        for top_p, sampler in samplers.items():
+            found[f"{rows} rows, sampler, top_p {top_p}"] = {
+                "ms": round(1e3 * replayed(sampler), 3)
+            }
     report["decode"] = found
 
 

@@ -127,6 +127,7 @@ def _largest_by_blocks(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     inside = blocks.gather(1, repeat(chosen, "b s -> b s k", k=BLOCK)).flatten(1)
     places = _places_of_best(inside, count)  # [B, count]
     ids = chosen.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
+    ids = ids.clamp(max=values.shape[-1] - 1)  # a negative NaN is below the -inf of the last block
     return values.gather(-1, ids), ids
 
 
@@ -153,7 +154,8 @@ def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     else:
         cdf = F.softmax(q.logprobs, dim=-1).cumsum(dim=-1)  # on a CPU faster than exp
         place = _first_above(cdf, rearrange(uniforms, "b -> b 1"))
-    tokens = place if q.support is None else q.support.gather(-1, place)
+    # It is filler only for NaN, which the sampler finds in the log-probs.
+    tokens = place if q.support is None else q.support.gather(-1, place).clamp(min=0)
     return rearrange(tokens, "b 1 -> b"), rearrange(q.logprobs.gather(-1, place), "b 1 -> b")
 
 
@@ -175,7 +177,8 @@ def draw_untruncated(
     within = (shares * cdf[:, -1:] - before) / (after - before)  # what is left of the uniform
     place = _first_above(F.softmax(scaled.double(), dim=-1).cumsum(dim=-1), within)
     logq = scaled.gather(-1, place) - total
-    return rearrange(chosen * BLOCK + place, "b 1 -> b"), rearrange(logq, "b 1 -> b")
+    tokens = (chosen * BLOCK + place).clamp(max=logits.shape[-1] - 1)  # beyond it only for NaN
+    return rearrange(tokens, "b 1 -> b"), rearrange(logq, "b 1 -> b")
 
 
 def block_norms(logits: Tensor, temperature: float) -> Tensor:

@@ -228,7 +228,8 @@ def make_rollout(
         for t in (prompts.tokens, prompts.mask)
     )
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
-    micro = [part for rows in first_epoch for part in torch.split(rows, config.micro_batch_size)]
+    size = config.micro_batch_size
+    micro = [part for rows in first_epoch for part in torch.split(rows.to(device), size)]
     alike = rows_per_prompt(config)
     old = ref = scores = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.

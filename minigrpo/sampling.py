@@ -157,14 +157,12 @@ def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
 
     The first batch of its kind is not recorded: there may be no second.
     """
-    if not has_graphs(model, batch.device):
+    kept = _KEPT.setdefault(model, _Kept())
+    if batch not in kept.seen or not has_graphs(model, batch.device):
+        kept.seen.add(batch)
         is_float32 = model.embed.weight.dtype == torch.float32  # autocast leaves float64 alone
         is_cast = is_float32 and batch.dtype != torch.float32 and not _is_sharded(model)
         return _Decoder(_kept_copy(model, batch.dtype) if is_cast else model, batch)
-    kept = _KEPT.setdefault(model, _Kept())
-    if batch not in kept.seen:
-        kept.seen.add(batch)
-        return _Decoder(model, batch)
     if batch in kept.decoders:
         decoder = kept.decoders.pop(batch)
     else:

@@ -132,7 +132,8 @@ def test_scores_and_gradients_are_those_of_the_cpu(
 def test_in_bfloat16_the_sampler_and_the_scorer_are_one_policy_within_rounding():
     model, prompts, mask, uniforms, stop = work("qwen2", True)
     with torch.autocast("cuda", torch.bfloat16):
-        done = sample(model, prompts, mask, uniforms, stop, ActingPolicy(1.0, 1.0), "cuda")
+        for _ in range(2):  # the second is recorded, with weights that are cast once
+            done = sample(model, prompts, mask, uniforms, stop, ActingPolicy(1.0, 1.0), "cuda")
         rows = torch.arange(len(prompts), device="cuda").repeat_interleave(4)
         args = (prompts.cuda()[rows], mask.cuda()[rows], done.tokens, None, 1.0)
         scores = completion_scores(model, *args)

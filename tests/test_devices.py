@@ -1,0 +1,123 @@
+"""The code's branches for CUDA on a stand-in for a GPU, with the CPU as the oracle.
+
+Every tensor is where it belongs, a recorded graph waits for nobody, and all comes out as on a CPU.
+"""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from stand_in import DEVICE, OnDevice, a_gpu, placed  # noqa: F401  a fixture, gpu
+from tiny import untrained_checkpoint
+from torch import Tensor
+
+import train_grpo
+from minigrpo import policy
+from minigrpo.checkpoint import load_task
+from minigrpo.config import GRPOConfig
+from minigrpo.data import split_starts
+from minigrpo.evaluation import validation_metrics
+from minigrpo.policy import ActingPolicy
+from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics
+from minigrpo.sampling import StopRule, _Decoder, sample_completions
+from minigrpo.transformer import Transformer, TransformerConfig, initialise
+from minigrpo.update import update_policy
+
+LENGTH = 12
+
+
+@pytest.mark.parametrize(
+    ("top_p", "is_greedy", "is_padded", "vocab"),
+    [(1.0, False, True, 61), (0.8, False, False, 61), (1.0, True, False, 61),
+     (1.0, False, False, 4200), (0.8, False, True, 4200)],
+)  # fmt: skip
+def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
+    gpu, monkeypatch, top_p, is_greedy, is_padded, vocab
+):
+    monkeypatch.setattr(_Decoder, "TOKENS_PER_GRAPH", 4)
+    model = Transformer(TransformerConfig("qwen3", vocab, 16, 24, 1, 4, 2, 4))
+    generator = torch.Generator().manual_seed(3)
+    initialise(model, generator)
+    with torch.no_grad():
+        model.norm.weight *= 30  # neither uniform nor sure
+    prompts = torch.randint(2, vocab, (3, 5), generator=generator)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, :2] = not is_padded
+    uniforms = torch.rand(6, LENGTH, generator=generator, dtype=torch.float64)
+    acting, stop = ActingPolicy(1.2, top_p, 9), StopRule((1,), 0, LENGTH)
+
+    def assert_equal_draws(uniforms: Tensor, times: int) -> None:
+        drawn = None if is_greedy else uniforms
+        expected = sample_completions(model, prompts, mask, 2, acting, stop, drawn)
+        arguments = [OnDevice(tensor) for tensor in (prompts, mask, uniforms)]
+        for _ in range(times):
+            gpu.looks.clear()
+            with gpu:
+                drawn = None if is_greedy else arguments[2]
+                found = sample_completions(theirs, *arguments[:2], 2, acting, stop, drawn)
+            for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert one.device == DEVICE
+                    torch.testing.assert_close(one.held, other, rtol=1e-4, atol=1e-4)
+
+    theirs = placed(deepcopy(model))
+    assert_equal_draws(uniforms, times=3)  # as it comes, recorded, replayed over what was there
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *theirs.parameters()):
+            parameter.mul_(0.7)
+    assert_equal_draws(uniforms.flip(0), times=1)
+    # Is there padding, is any row alive before each graph, is all finite, how long and wide is it?
+    assert len(gpu.looks) <= 1 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared_from", "chunk"),
+    [
+        ({"credit": "choice", "num_minibatches": 2, "top_p": 1.0}, 1, 2**27),
+        ({"credit": "choice", "top_p": 0.8, "num_epochs": 2}, 32, 64),
+        ({"credit": "completion", "top_p": 1.0, "lora_rank": 2, "kl_beta": 0.01}, 1, 64),
+        ({"credit": "completion", "top_p": 0.8, "gradient_checkpointing": True}, 1, 2**27),
+    ],
+    ids=["choices", "choices-of-supports", "adapters", "supports"],
+)
+def test_rollout_update_and_validation_are_those_of_the_cpu(
+    gpu, monkeypatch, tmp_path, changes, shared_from, chunk
+):
+    monkeypatch.setattr(policy, "SHARED_FROM", shared_from)
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", chunk)
+    folder = untrained_checkpoint(tmp_path / "init")
+    shape, task, _ = load_task(folder)
+    settings = {
+        "init": str(folder), "prompts_per_step": 3, "group_size": 4, "micro_batch_size": 4,
+        "temperature": 1.2, "support_size": 5, "kl_beta": 0.0, "advantage_std": "batch",
+    }  # fmt: skip
+    config = GRPOConfig(**settings | changes)
+    starts, reward = split_starts(task.plant), train_grpo.reward_function(config, task)
+    prompts, places = train_grpo.prompts_of_step(starts.training, config, task, 0)
+
+    def metrics(model: Transformer, device: torch.device) -> dict[str, float]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        reference = model if config.kl_beta else None
+        rollout, experience, _ = make_rollout(
+            model, reference, prompts, places, config, task, reward
+        )
+        host = {"rewards", "prompt_places"} | ({"advantages"} if rollout.choices is None else set())
+        held = vars(rollout) | vars(experience.completions)
+        held |= {} if rollout.choices is None else vars(rollout.choices)
+        for name, value in held.items():
+            if isinstance(value, Tensor) and name not in host:
+                assert value.device == device, name
+        updated, _ = update_policy(
+            model, torch.optim.SGD(trained, 0.0), rollout, config, 0, 0.1,
+            task.max_completion_length, None, choice_simulator(shape.vocab_size, task, reward),
+        )  # fmt: skip
+        found = rollout_metrics(rollout, experience) | updated
+        return found | validation_metrics(model, starts.validation[:3], task, 0)
+
+    model = train_grpo.build(config)
+    expected = metrics(model, torch.device("cpu"))
+    with gpu:
+        found = metrics(placed(train_grpo.build(config)), DEVICE)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert expected["update/grad_norm"] > 0
