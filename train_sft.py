@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -216,15 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = resolved.config
     folder = Path(config.save_dir)
     shape, task, weights = describe(config)  # what it refuses leaves no folder behind
-    with (
-        process_group(config.device) as device,
-        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
-        StopSignal(folder, config.stop_after_minutes) as stop,
-    ):
-        set_matmul_precision(config.matmul_precision, device)
+    with process_group(config.device) as device, ExitStack() as opened:
+        # All that may refuse the run comes before --overwrite deletes the one that is there.
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, less_memory(config), device)
         model = build(shape, task, weights, config)
+        run = opened.enter_context(
+            open_run(folder, config.overwrite, config.resume, config.tensorboard)
+        )
+        stop = opened.enter_context(StopSignal(folder, config.stop_after_minutes))
+        set_matmul_precision(config.matmul_precision, device)
         place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay

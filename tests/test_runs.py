@@ -16,7 +16,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import untrained_checkpoint
 
+import train_grpo
+import train_sft
 from minigrpo import runs
 from minigrpo.runs import (
     HOST,
@@ -587,3 +590,21 @@ def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_run_that_is_refused_leaves_the_one_it_would_overwrite(tmp_path: Path) -> None:
+    start, folder = untrained_checkpoint(tmp_path / "start"), finished_run(tmp_path / "run")
+    before = contents(folder)
+    flags = ["--save-dir", str(folder), "--overwrite", "--device=cpu"]
+    grpo = [*flags, "--init", str(start), "--group-size=2"]
+    with pytest.raises(ValueError, match="prompts_per_step must be at least"):
+        train_grpo.main([*grpo, "--prompts-per-step=1", "--num-minibatches=2"])
+    with pytest.raises(ValueError, match="must fit into memory"):
+        train_grpo.main([*grpo, "--prompts-per-step=99999999999"])
+    with pytest.raises(ValueError, match="must fit into memory"):
+        train_sft.main([*flags, "--num-heads=1", "--width=99999998"])
+    weights = start / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        train_grpo.main([*grpo, "--prompts-per-step=8"])
+    assert contents(folder) == before
