@@ -69,7 +69,13 @@ from minigrpo.reward import (
     tally_rewards,
 )
 from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
-from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.runs import (
+    StopSignal,
+    check_apart,
+    open_run,
+    run_command,
+    set_matmul_precision,
+)
 from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
@@ -232,8 +238,7 @@ def settings(
     if saved is not None:
         check_saved(GRPOConfig, saved)
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
-    if Path(str(init)).resolve() == save_dir.resolve():
-        raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
+    check_apart(save_dir, "init", Path(str(init)))
     started = (saved or {}).get("init", init)
     if Path(str(started)).resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")

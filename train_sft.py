@@ -47,7 +47,13 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
-from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.runs import (
+    StopSignal,
+    check_apart,
+    open_run,
+    run_command,
+    set_matmul_precision,
+)
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import (
     gradient_kernel,
@@ -216,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resolved = settings(arguments)
     config = resolved.config
     folder = Path(config.save_dir)
+    if config.model:
+        check_apart(folder, "model", Path(config.model))
     shape, task, weights = describe(config)  # what it refuses leaves no folder behind
     with process_group(config.device) as device, ExitStack() as opened:
         # All that may refuse the run comes before --overwrite deletes the one that is there.

@@ -608,3 +608,18 @@ def test_a_run_that_is_refused_leaves_the_one_it_would_overwrite(tmp_path: Path)
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         train_grpo.main([*grpo, "--prompts-per-step=8"])
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints/step-000002"])
+def test_a_run_is_not_overwritten_by_one_that_starts_from_it(tmp_path: Path, place: str) -> None:
+    folder = finished_run(tmp_path / "run")
+    (folder / "checkpoints").mkdir()
+    model = untrained_checkpoint(tmp_path / "model")
+    shutil.copytree(model, tmp_path / place, dirs_exist_ok=True)
+    before, start = contents(folder), str(tmp_path / place)
+    flags = ["--save-dir", str(folder), "--overwrite", "--device=cpu"]
+    with pytest.raises(ValueError, match="save_dir must not be or hold the folder of init"):
+        train_grpo.main([*flags, "--init", start])
+    with pytest.raises(ValueError, match="save_dir must not be or hold the folder of model"):
+        train_sft.main([*flags, "--model", start, "--horizon=2"])
+    assert contents(folder) == before
