@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,13 @@ from minigrpo.reward import (
     tally_rewards,
 )
 from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
-from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.runs import (
+    StopSignal,
+    check_apart,
+    open_run,
+    run_command,
+    set_matmul_precision,
+)
 from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
@@ -231,8 +238,7 @@ def settings(
     if saved is not None:
         check_saved(GRPOConfig, saved)
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
-    if Path(str(init)).resolve() == save_dir.resolve():
-        raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
+    check_apart(save_dir, "init", Path(str(init)))
     started = (saved or {}).get("init", init)
     if Path(str(started)).resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
@@ -255,16 +261,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.measure_signal:
         measure_signal(build(config), config, task)
         return
-    with (
-        process_group(config.device) as device,
-        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
-        StopSignal(folder, config.stop_after_minutes) as stop,
-    ):
+    with process_group(config.device) as device, ExitStack() as opened:
+        # All that may refuse the run comes before --overwrite deletes the one that is there.
         check_batch(config)
-        set_matmul_precision(config.matmul_precision, device)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
         model, reference = build(config), None
+        run = opened.enter_context(
+            open_run(folder, config.overwrite, config.resume, config.tensorboard)
+        )
+        stop = opened.enter_context(StopSignal(folder, config.stop_after_minutes))
+        set_matmul_precision(config.matmul_precision, device)
         if config.kl_beta > 0:  # with adapters it is the same model, seen without them
             reference = model if config.lora_rank else load_transformer(Path(config.init))
             reference.is_fused = config.fuse

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +47,13 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
-from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.runs import (
+    StopSignal,
+    check_apart,
+    open_run,
+    run_command,
+    set_matmul_precision,
+)
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import (
     gradient_kernel,
@@ -215,16 +222,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resolved = settings(arguments)
     config = resolved.config
     folder = Path(config.save_dir)
+    if config.model:
+        check_apart(folder, "model", Path(config.model))
     shape, task, weights = describe(config)  # what it refuses leaves no folder behind
-    with (
-        process_group(config.device) as device,
-        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
-        StopSignal(folder, config.stop_after_minutes) as stop,
-    ):
-        set_matmul_precision(config.matmul_precision, device)
+    with process_group(config.device) as device, ExitStack() as opened:
+        # All that may refuse the run comes before --overwrite deletes the one that is there.
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, less_memory(config), device)
         model = build(shape, task, weights, config)
+        run = opened.enter_context(
+            open_run(folder, config.overwrite, config.resume, config.tensorboard)
+        )
+        stop = opened.enter_context(StopSignal(folder, config.stop_after_minutes))
+        set_matmul_precision(config.matmul_precision, device)
         place_model(model, model.blocks, device, config.parallel)
         optimizer = adamw(
             model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay

@@ -101,6 +101,15 @@ def _finite(value: Json) -> Json:
     return [_finite(item) for item in value]
 
 
+def check_apart(save_dir: Path, name: str, folder: Path) -> None:
+    """ValueError if the run's folder is or holds the one it starts from: both would be lost."""
+    start = folder.resolve()
+    if save_dir.resolve() in (start, *start.parents):
+        raise ValueError(
+            f"save_dir must not be or hold the folder of {name}, {folder}; got {save_dir}"
+        )
+
+
 def open_run(
     save_dir: str | Path, overwrite: bool, resume: bool, tensorboard: bool = False
 ) -> RunFolder:

@@ -16,7 +16,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import untrained_checkpoint
 
+import train_grpo
+import train_sft
 from minigrpo import runs
 from minigrpo.runs import (
     HOST,
@@ -587,3 +590,36 @@ def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_run_that_is_refused_leaves_the_one_it_would_overwrite(tmp_path: Path) -> None:
+    start, folder = untrained_checkpoint(tmp_path / "start"), finished_run(tmp_path / "run")
+    before = contents(folder)
+    flags = ["--save-dir", str(folder), "--overwrite", "--device=cpu"]
+    grpo = [*flags, "--init", str(start), "--group-size=2"]
+    with pytest.raises(ValueError, match="prompts_per_step must be at least"):
+        train_grpo.main([*grpo, "--prompts-per-step=1", "--num-minibatches=2"])
+    with pytest.raises(ValueError, match="must fit into memory"):
+        train_grpo.main([*grpo, "--prompts-per-step=99999999999"])
+    with pytest.raises(ValueError, match="must fit into memory"):
+        train_sft.main([*flags, "--num-heads=1", "--width=99999998"])
+    weights = start / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        train_grpo.main([*grpo, "--prompts-per-step=8"])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints/step-000002"])
+def test_a_run_is_not_overwritten_by_one_that_starts_from_it(tmp_path: Path, place: str) -> None:
+    folder = finished_run(tmp_path / "run")
+    (folder / "checkpoints").mkdir()
+    model = untrained_checkpoint(tmp_path / "model")
+    shutil.copytree(model, tmp_path / place, dirs_exist_ok=True)
+    before, start = contents(folder), str(tmp_path / place)
+    flags = ["--save-dir", str(folder), "--overwrite", "--device=cpu"]
+    with pytest.raises(ValueError, match="save_dir must not be or hold the folder of init"):
+        train_grpo.main([*flags, "--init", start])
+    with pytest.raises(ValueError, match="save_dir must not be or hold the folder of model"):
+        train_sft.main([*flags, "--model", start, "--horizon=2"])
+    assert contents(folder) == before
