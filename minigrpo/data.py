@@ -7,6 +7,7 @@ number of ranks, and resuming needs no generator state.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, disturbed_lqr_controls
 from minigrpo.prompts import Codec, prompt_text
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record
 from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
 
 PURPOSES = (
@@ -74,19 +75,14 @@ class Task:
 class Prompts:
     """The prompts of one step; a start travels with its prompt and is never read back from text."""
 
-    initial_states: Tensor  # [P, 2] m, m/s; float64
-    indices: Tensor  # [P] int64, place in the run's stream of prompts, the key of its randomness
+    initial_states: Annotated[Tensor, "P 2"]  # m, m/s; float64
+    indices: Annotated[Tensor, "P"]  # int64, place in the run's stream of prompts, key of its draws
     texts: tuple[str, ...]  # P strings
-    tokens: Tensor  # [P, L] int64, left-padded
-    mask: Tensor  # [P, L] bool
+    tokens: Annotated[Tensor, "P L"]  # int64, left-padded
+    mask: Annotated[Tensor, "P L"]  # bool
 
     def __post_init__(self) -> None:
-        check_shapes(
-            initial_states=(self.initial_states, "P 2"),
-            indices=(self.indices, "P"),
-            tokens=(self.tokens, "P L"),
-            mask=(self.mask, "P L"),
-        )
+        check_record(self)
 
 
 def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts:
@@ -134,18 +130,13 @@ def token_uniforms(
 class SFTBatch:
     """Demonstrations as token rows: prompt, completion, EOS, right-padded."""
 
-    tokens: Tensor  # [B, K] int64, what the model reads: the controls as applied
-    labels: Tensor  # [B, K] int64, what it shall have said there: the controls that LQR wanted
-    mask: Tensor  # [B, K] bool, real tokens
-    completion_mask: Tensor  # [B, K] bool, the tokens to learn: completion and EOS
+    tokens: Annotated[Tensor, "B K"]  # int64, what the model reads: the controls as applied
+    labels: Annotated[Tensor, "B K"]  # int64, what it shall have said there: those LQR wanted
+    mask: Annotated[Tensor, "B K"]  # bool, real tokens
+    completion_mask: Annotated[Tensor, "B K"]  # bool, the tokens to learn: completion and EOS
 
     def __post_init__(self) -> None:
-        check_shapes(
-            tokens=(self.tokens, "B K"),
-            labels=(self.labels, "B K"),
-            mask=(self.mask, "B K"),
-            completion_mask=(self.completion_mask, "B K"),
-        )
+        check_record(self)
 
     def rows(self, chosen: Tensor) -> SFTBatch:
         return SFTBatch(*(getattr(self, item.name)[chosen] for item in fields(self)))

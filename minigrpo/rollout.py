@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from einops import rearrange, repeat
@@ -34,7 +34,7 @@ from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import RewardFunction, Rewards, tally_of
 from minigrpo.sampling import Completions, StopRule, sample_completions
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer
 
@@ -57,41 +57,30 @@ class Experience:
 class Rollout:
     """Token side of a rollout: all that an update reads. Rows are this rank's, whole groups."""
 
-    prompt_tokens: Tensor  # [N, L]
-    prompt_mask: Tensor  # [N, L]
-    completion_tokens: Tensor  # [N, C]
-    completion_mask: Tensor  # [N, C]
-    support: Tensor | None  # [N, C, S]
-    sampling_logprobs: Tensor  # [N, C] the decoder's own, for a metric, never for the loss
-    old_logprobs: Tensor | None  # [N, C]; None: the rollout feeds exactly one optimizer step
-    ref_logprobs: Tensor | None  # [N, C]; None: no KL term
-    rewards: Tensor  # [N] float64
+    prompt_tokens: Annotated[Tensor, "N L"]
+    prompt_mask: Annotated[Tensor, "N L"]
+    completion_tokens: Annotated[Tensor, "N C"]
+    completion_mask: Annotated[Tensor, "N C"]
+    support: Annotated[Tensor | None, "N C S"]
+    sampling_logprobs: Annotated[Tensor, "N C"]  # the decoder's own, a metric, never for the loss
+    old_logprobs: Annotated[Tensor | None, "N C"]  # None: it feeds exactly one optimizer step
+    ref_logprobs: Annotated[Tensor | None, "N C"]  # None: no KL term
+    rewards: Annotated[Tensor, "N"]  # float64
     advantages: Tensor  # [N] float64; [N, C] with `choices`, then of what came after each token
     prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
     choices: ChoiceValues | None = None  # of every token there was, reward points
-    choice_unit: Tensor | None = None  # [N] float32, advantages of one point
-    mean_offsets: Tensor | None = None  # [N, C] mean control when it was sampled, less the drawn
+    choice_unit: Annotated[Tensor | None, "N"] = None  # float32, advantages of one point
+    # Mean control when it was sampled, less the drawn one.
+    mean_offsets: Annotated[Tensor | None, "N C"] = None
 
     def __post_init__(self) -> None:
-        check_shapes(
-            prompt_tokens=(self.prompt_tokens, "N L"),
-            prompt_mask=(self.prompt_mask, "N L"),
-            completion_tokens=(self.completion_tokens, "N C"),
-            completion_mask=(self.completion_mask, "N C"),
-            support=(self.support, "N C S"),
-            sampling_logprobs=(self.sampling_logprobs, "N C"),
-            old_logprobs=(self.old_logprobs, "N C"),
-            ref_logprobs=(self.ref_logprobs, "N C"),
-            rewards=(self.rewards, "N"),
-            advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
+        check_record(
+            self,
+            advantages=(self.advantages, "N" if self.choices is None else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
             values=(None if self.choices is None else self.choices.values, "N C K"),
-            choice_unit=(self.choice_unit, "N"),
-            mean_offsets=(self.mean_offsets, "N C"),
         )
-        if (self.choices is None) != (self.advantages.ndim == 1):
-            raise ValueError("advantages must have shape [N, C] with choices, and [N] without")
 
 
 def write_plans(
