@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,7 +61,6 @@ from minigrpo.optim import (
 )
 from minigrpo.reward import (
     RewardFunction,
-    RewardKind,
     RewardWeights,
     breakdown_line,
     tally_rewards,
@@ -123,9 +121,8 @@ def reward_function(
         constraints_cap=config.reward_constraints_cap,
         validity=config.reward_validity,
     )
-
-    kind, horizon = cast(RewardKind, config.reward), task.plant.horizon
-    return partial(tally_rewards, kind=kind, horizon=horizon, weights=weights)
+    horizon = task.plant.horizon
+    return partial(tally_rewards, kind=config.reward, horizon=horizon, weights=weights)
 
 
 def prompts_of_step(

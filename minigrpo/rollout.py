@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from einops import rearrange, repeat
@@ -23,12 +23,7 @@ from minigrpo.counterfactual import ChoiceValues, Plans, choice_values, later_va
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
-from minigrpo.grpo import (
-    AdvantageStd,
-    advantage_scale,
-    constant_groups,
-    group_advantages,
-)
+from minigrpo.grpo import advantage_scale, constant_groups, group_advantages
 from minigrpo.lora import adapters_off
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
@@ -277,10 +272,9 @@ def credited(
     rewards [N], tokens and expected [N, C]; the rewards of all ranks count for the unit.
     """
     everybodys = torch.cat([rows[0] for rows in gather_rows([rewards])])
-    std = cast(AdvantageStd, config.advantage_std)
     if choices is None or expected is None:
-        return group_advantages(rewards, config.group_size, std, everybodys), None
-    scale = advantage_scale(rewards, config.group_size, std, everybodys)
+        return group_advantages(rewards, config.group_size, config.advantage_std, everybodys), None
+    scale = advantage_scale(rewards, config.group_size, config.advantage_std, everybodys)
     unit = repeat(scale, "p -> (p g)", g=config.group_size).to(tokens.device)
     later = later_values(choices, tokens, expected, config.credit_lambda)
     return rearrange(unit, "n -> n 1") * later, unit.float()

@@ -19,7 +19,6 @@ from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.distributed import backward, gather_rows, max_over_ranks, sum_over_ranks
 from minigrpo.grpo import (
-    Aggregation,
     LossMetrics,
     grpo_loss,
     loss_denominator,
@@ -126,8 +125,7 @@ def accumulate_gradient(
     """
     device = rollout.completion_tokens.device
     rows = rows.to(device)
-    aggregation = cast(Aggregation, config.aggregation)
-    counted = loss_denominator(rollout.completion_mask[rows], aggregation, max_length)
+    counted = loss_denominator(rollout.completion_mask[rows], config.aggregation, max_length)
     denominator = sum_over_ranks(counted)
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
@@ -161,7 +159,7 @@ def accumulate_gradient(
             config.clip_eps_low,
             config.clip_eps_high,
             config.kl_beta,
-            aggregation,
+            config.aggregation,
             expected,
         )
         backward(model, loss)

@@ -6,6 +6,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -33,7 +34,7 @@ KINDS = [SFTConfig, GRPOConfig, EvalConfig]
 def limits_of(kind: type[Settings], name: str) -> dict[str, object]:
     limits = kind.__dataclass_fields__[name].metadata["limits"]
     assert isinstance(limits, dict)
-    return limits
+    return limits | {"choices": get_args(get_type_hints(kind)[name])}
 
 
 @pytest.mark.parametrize(
