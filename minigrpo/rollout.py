@@ -320,40 +320,26 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
     """Health of a rollout over all ranks: sums and counts first, one division at the end."""
     done, parsed = experience.completions, experience.parsed
     groups = rearrange(rollout.rewards, "(p g) -> p g", g=rollout.group_size)
-    per_row = {
+    advantages = rollout.advantages
+    if advantages.ndim == 1:
+        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
+    measured = {  # of each row, group or token
         **{f"reward/{name}": value for name, value in experience.rewards.components.items()},
         "reward/total": rollout.rewards,
         "rollout/final_error": experience.trajectories.states[:, -1].norm(dim=1),
         "rollout/frac_valid": parsed.is_valid,
         "rollout/frac_truncated": ~done.ended,
         "rollout/completion_length": done.mask.sum(dim=1),
-    }
-    per_group = {
         "rollout/frac_zero_std_groups": constant_groups(rollout.rewards, rollout.group_size),
         "rollout/group_reward_std": groups.std(dim=1),
+        "rollout/abs_advantage": advantages.to(done.mask.device).abs()[done.mask],
+        "rollout/support_mass": done.kept_mass[done.mask],
+        "rollout/frac_capped_support": done.is_capped[done.mask],
     }
-    advantages = rollout.advantages
-    if advantages.ndim == 1:
-        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
-    per_token = {
-        "rollout/abs_advantage": advantages.to(done.mask.device).abs(),
-        "rollout/support_mass": done.kept_mass,
-        "rollout/frac_capped_support": done.is_capped,
-    }
-    sums = [value.cpu().double().sum() for value in (*per_row.values(), *per_group.values())]
-    sums += [value[done.mask].cpu().double().sum() for value in per_token.values()]
-    counts = torch.tensor(
-        [len(rollout.rewards), len(groups), int(done.mask.sum())], dtype=torch.float64
-    )
-    added = sum_over_ranks(torch.cat([torch.stack(sums), counts])).tolist()
-    rows, num_groups, tokens = added[-3:]
-    divisors = [rows] * len(per_row) + [num_groups] * len(per_group) + [tokens] * len(per_token)
-    names = [*per_row, *per_group, *per_token]
-    # strict=False: the three counts follow the sums
-    metrics = {
-        name: value / divisor for name, value, divisor in zip(names, added, divisors, strict=False)
-    }
-    return metrics | {"rollout/num_tokens": tokens}
+    sums = [(float(values.cpu().double().sum()), len(values)) for values in measured.values()]
+    totals, counts = sum_over_ranks(torch.tensor(sums, dtype=torch.float64)).unbind(dim=1)
+    means = dict(zip(measured, (totals / counts).tolist(), strict=True))
+    return means | {"rollout/num_tokens": float(counts[-1])}
 
 
 def sample_records(
