@@ -194,8 +194,7 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
         for step in tqdm(range(config.measure_signal), unit="rollout", disable=hidden):
             prompts, places = prompts_of_step(training, once, task, step)
             rollout = make_rollout(model, None, prompts, places, once, task, reward)[0]
-            length = task.max_completion_length
-            gradient = rollout_gradient(model, rollout, once, length)
+            gradient = rollout_gradient(model, rollout, once)
             if rank() == 0:
                 gradients[step] = gradient
         if rank() == 0:
@@ -288,15 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.follow_policy and rollout.choices is not None:
                 simulate = choice_simulator(shape.vocab_size, task, reward)
             updated, skipped = update_policy(
-                model,
-                optimizer,
-                rollout,
-                acting,
-                step,
-                rate,
-                task.max_completion_length,
-                kernel,
-                simulate,
+                model, optimizer, rollout, acting, step, rate, kernel, simulate
             )
             metrics = rollout_metrics(rollout, experience) | updated | seconds
             metrics["time/update_s"] = time.perf_counter() - updating

@@ -64,6 +64,7 @@ class Rollout:
     advantages: Tensor  # [N] float64; [N, C] with `choices`, then of what came after each token
     prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
+    max_length: int  # tokens of the longest completion allowed
     choices: ChoiceValues | None = None  # of every token there was, reward points
     choice_unit: Annotated[Tensor | None, "N"] = None  # float32, advantages of one point
     # Mean control when it was sampled, less the drawn one.
@@ -76,6 +77,11 @@ class Rollout:
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
             values=(None if self.choices is None else self.choices.values, "N C K"),
         )
+
+
+def rows_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Some rows of what a rollout may lack."""
+    return None if tensor is None else tensor[rows]
 
 
 def write_plans(
@@ -150,7 +156,7 @@ def score_rows(
     `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
     ratio that is not 1 on the first optimizer step.
     """
-    support, parts = completions.support, []
+    parts = []
     for rows in micro_batches:
         if not len(rows):
             continue
@@ -160,7 +166,7 @@ def score_rows(
             prompt_tokens[rows[::num_alike]],
             prompt_mask[rows[::num_alike]],
             tokens,
-            None if support is None else support[rows],
+            rows_of(completions.support, rows),
             temperature,
             None if choices is None else choices.basis,
             has_entropy=False,
@@ -252,6 +258,7 @@ def make_rollout(
         advantages=advantages,
         prompt_places=prompt_places,
         group_size=config.group_size,
+        max_length=task.max_completion_length,
         choices=choices,
         choice_unit=unit,
         mean_offsets=None if scores is None else scores.mean_offsets,
