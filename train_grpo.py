@@ -26,49 +26,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigrpo.checkpoint import (
-    Manifest,
-    load_task,
-    save_batch,
-    saved_config,
-)
-from minigrpo.config import GRPOConfig, Resolved, Value, check_saved, parse_flags, resolve
+from minigrpo.checkpoint import Manifest, load_task, save_batch
+from minigrpo.config import GRPOConfig, Resolved, Value, resolve
 from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
-from minigrpo.data import (
-    Prompts,
-    Task,
-    make_prompts,
-    prompt_length,
-    split_starts,
-    training_starts,
-)
-from minigrpo.distributed import (
-    local_world_size,
-    place_model,
-    process_group,
-    rank,
-    world_size,
-)
+from minigrpo.data import Prompts, Task, make_prompts, prompt_length, split_starts, training_starts
+from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
-from minigrpo.optim import (
-    adamw,
-    cosine_learning_rate,
-    linear,
-    plateau_factor,
-)
-from minigrpo.reward import (
-    RewardFunction,
-    RewardWeights,
-    breakdown_line,
-    tally_rewards,
-)
+from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
+from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
-from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.runs import run_command, set_matmul_precision
 from minigrpo.tokenizer import gradient_kernel
-from minigrpo.training import Training
+from minigrpo.training import Training, given_and_saved, launched
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
 
@@ -221,15 +193,12 @@ def settings(
     arguments: Sequence[str] | None,
 ) -> tuple[Resolved[GRPOConfig], TransformerConfig, Task, Manifest]:
     """What the flags, the saved run and the folder of --init say; ValueError: they disagree."""
-    given = parse_flags(GRPOConfig, arguments)
+    given, saved = given_and_saved(GRPOConfig, arguments)
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
-    saved = saved_config(save_dir) if given.get("resume") else None
-    if saved is not None:
-        check_saved(GRPOConfig, saved)
-    init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
+    init = given.get("init", saved.get("init", GRPOConfig.init))
     if Path(str(init)).resolve() == save_dir.resolve():
         raise ValueError(f"save_dir must not be the folder of init, got {save_dir} for both")
-    started = (saved or {}).get("init", init)
+    started = saved.get("init", init)
     if Path(str(started)).resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))
@@ -247,17 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved, shape, task, origin = settings(arguments)
     config = resolved.config
-    folder = Path(config.save_dir)
     if config.measure_signal:
         measure_signal(build(config), config, task)
         return
-    with (
-        process_group(config.device) as device,
-        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
-        StopSignal(folder, config.stop_after_minutes) as stop,
-    ):
+    with launched(config) as (device, run, stop):
         check_batch(config)
-        set_matmul_precision(config.matmul_precision, device)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
         model, reference = build(config), None
@@ -274,40 +237,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training = Training(run, stop, config, manifest, task, model, optimizer, device, reference)
         training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
         starts, num_skipped = split_starts(task.plant).training, 0
-        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)
-        kernel = None if kernel is None else kernel.to(device)
+        width = config.gradient_smoothing_width
+        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, width, device)
         for step in training.steps():
-            began = time.perf_counter()
-            acting, rate, reward = schedules(config, task, step, training)
-            prompts, places = prompts_of_step(starts, config, task, step)
-            rollout, experience, seconds = make_rollout(
-                model, reference, prompts, places, acting, task, reward
-            )
-            updating, simulate = time.perf_counter(), None
-            if config.follow_policy and rollout.choices is not None:
-                simulate = choice_simulator(shape.vocab_size, task, reward)
-            updated, skipped = update_policy(
-                model, optimizer, rollout, acting, step, rate, kernel, simulate
-            )
-            metrics = rollout_metrics(rollout, experience) | updated | seconds
-            metrics["time/update_s"] = time.perf_counter() - updating
-            metrics["time/step_s"] = time.perf_counter() - began
-            warnings = warnings_of(metrics, config, step, device.type == "cuda")
-            run.log_text(breakdown_line(experience.rewards, 0), *warnings)
-            for record in sample_records(prompts, experience, rollout):
-                run.log_sample(step + 1, record)
-            if any(skipped):
-                save_batch(folder, step + 1, rollout)
+            metrics, skipped = rollout_and_update(training, config, starts, kernel, step)
             num_skipped = skipped_in_a_row(num_skipped, skipped)
-            is_failure = num_skipped == MAX_SKIPPED_IN_A_ROW
-            training.end_step(
-                metrics,
-                f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
-                f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
-                if is_failure
-                else "",
-            )
+            failure = ""
+            if num_skipped == MAX_SKIPPED_IN_A_ROW:
+                failure = (
+                    f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
+                    f"their batches are in {run.folder / 'skipped'}; lower learning_rate, then "
+                    "--resume"
+                )
+            training.end_step(metrics, failure)
         training.finish()
+
+
+def rollout_and_update(
+    training: Training, config: GRPOConfig, starts: Tensor, kernel: Tensor | None, step: int
+) -> tuple[dict[str, float], list[bool]]:
+    """One step: its metrics, and of each optimizer step whether it was skipped.
+
+    Samples are logged, and a batch of which a step was skipped is kept.
+    """
+    began = time.perf_counter()
+    model, task, run = training.model, training.task, training.run
+    acting, rate, reward = schedules(config, task, step, training)
+    prompts, places = prompts_of_step(starts, config, task, step)
+    rollout, experience, seconds = make_rollout(
+        model, training.reference, prompts, places, acting, task, reward
+    )
+    updating, simulate = time.perf_counter(), None
+    if config.follow_policy and rollout.choices is not None:
+        simulate = choice_simulator(model.config.vocab_size, task, reward)
+    updated, skipped = update_policy(
+        model, training.optimizer, rollout, acting, step, rate, kernel, simulate
+    )
+    metrics = rollout_metrics(rollout, experience) | updated | seconds
+    metrics["time/update_s"] = time.perf_counter() - updating
+    metrics["time/step_s"] = time.perf_counter() - began
+    warnings = warnings_of(metrics, config, step, training.device.type == "cuda")
+    run.log_text(breakdown_line(experience.rewards, 0), *warnings)
+    for record in sample_records(prompts, experience, rollout):
+        run.log_sample(step + 1, record)
+    if any(skipped):
+        save_batch(run.folder, step + 1, rollout)
+    return metrics, skipped
 
 
 if __name__ == "__main__":

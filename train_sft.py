@@ -16,13 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigrpo.checkpoint import (
-    Manifest,
-    make_task,
-    save_batch,
-    saved_config,
-)
-from minigrpo.config import Resolved, SFTConfig, Value, check_saved, parse_flags, resolve
+from minigrpo.checkpoint import Manifest, make_task, save_batch
+from minigrpo.config import Resolved, SFTConfig, Value, resolve
 from minigrpo.data import (
     SFTBatch,
     Task,
@@ -32,13 +27,7 @@ from minigrpo.data import (
     prompt_length,
     split_starts,
 )
-from minigrpo.distributed import (
-    local_world_size,
-    place_model,
-    process_group,
-    rank,
-    world_size,
-)
+from minigrpo.distributed import local_world_size, place_model, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.lora import add_adapters
@@ -46,7 +35,7 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
-from minigrpo.runs import StopSignal, open_run, run_command, set_matmul_precision
+from minigrpo.runs import run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import (
     gradient_kernel,
@@ -55,7 +44,7 @@ from minigrpo.tokenizer import (
     number_tokenizer,
     token_values,
 )
-from minigrpo.training import Training
+from minigrpo.training import Training, given_and_saved, launched
 from minigrpo.transformer import (
     Transformer,
     TransformerConfig,
@@ -155,14 +144,10 @@ def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -
 
 def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
     """What the flags and the saved run say; ValueError: it does not fit together."""
-    given = parse_flags(SFTConfig, arguments)
-    save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
-    saved = saved_config(save_dir) if given.get("resume") else None
-    if saved is not None:
-        check_saved(SFTConfig, saved)
-    elif given.get("model"):
+    given, saved = given_and_saved(SFTConfig, arguments)
+    if given.get("model") and not saved:
         given.setdefault("preset", "pretrained")  # which that flag says
-    preset = str({**(saved or {}), **given}.get("preset", SFTConfig.preset))
+    preset = str((saved | given).get("preset", SFTConfig.preset))
     resolved = resolve(SFTConfig, given, preset, saved)
     check_preset(resolved.config, given)
     return resolved
@@ -202,26 +187,22 @@ def training_data(config: SFTConfig, task: Task) -> SFTBatch:
     return demonstrations(starts, task, noise)
 
 
-def label_smoothing(config: SFTConfig, task: Task, vocab_size: int) -> Tensor | None:
+def label_smoothing(
+    config: SFTConfig, task: Task, vocab_size: int, device: torch.device
+) -> Tensor | None:
     """`sft.smoothing_matrix`, None for sharp labels."""
     if config.smoothing_width == 0:
         return None
     values = token_values(task.tokenizer, vocab_size)
-    return smoothing_matrix(values, config.smoothing_width).float()
+    return smoothing_matrix(values, config.smoothing_width).float().to(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved = settings(arguments)
     config = resolved.config
-    folder = Path(config.save_dir)
     shape, task, weights = describe(config)  # what it refuses leaves no folder behind
-    with (
-        process_group(config.device) as device,
-        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
-        StopSignal(folder, config.stop_after_minutes) as stop,
-    ):
-        set_matmul_precision(config.matmul_precision, device)
+    with launched(config) as (device, run, stop):
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, less_memory(config), device)
         model = build(shape, task, weights, config)
@@ -235,10 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = f"{count} demonstrations, {config.steps} steps of {config.batch_size}"
         training.describe([resolved.table(), str(memory), f"{plan} = {rows / count:.0f} epochs"])
         data = training_data(config, task)
-        smoothing = label_smoothing(config, task, shape.vocab_size)
-        smoothing = None if smoothing is None else smoothing.to(device)
-        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)
-        kernel = None if kernel is None else kernel.to(device)
+        smoothing = label_smoothing(config, task, shape.vocab_size, device)
+        width = config.gradient_smoothing_width
+        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, width, device)
         for step in training.steps():
             began = time.perf_counter()
             rate = cosine_learning_rate(
@@ -251,10 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             metrics["time/step_s"] = time.perf_counter() - began
             failure = ""
             if not math.isfinite(metrics["update/grad_norm"]):
-                save_batch(folder, step + 1, batch)
+                save_batch(run.folder, step + 1, batch)
                 failure = (
                     f"the gradient of step {step + 1} is not finite and was not applied; its batch "
-                    f"is in {folder / 'skipped'}; lower learning_rate, then --resume"
+                    f"is in {run.folder / 'skipped'}; lower learning_rate, then --resume"
                 )
             training.end_step(metrics, failure)
         training.finish()
