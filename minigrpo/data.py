@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from minigrpo.double_integrator import DoubleIntegrator
@@ -90,7 +91,7 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
     rows = [
         encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in initial_states
     ]
-    tokens, mask = _pad(rows, pad_id(task.tokenizer), left=True)
+    tokens, mask = _pad(rows, pad_id(task.tokenizer), "left")
     texts = tuple(prompt_text(state, task.plant, task.codec) for state in initial_states)
     return Prompts(initial_states, indices, texts, tokens, mask)
 
@@ -181,15 +182,10 @@ def _demonstration_rows(
 ) -> tuple[Tensor, Tensor]:
     completions = [encode_completion(task.tokenizer, plan, task.codec) for plan in plans]
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    return _pad(rows, pad_id(task.tokenizer), left=False)
+    return _pad(rows, pad_id(task.tokenizer), "right")
 
 
-def _pad(rows: list[list[int]], fill: int, left: bool) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), fill)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(0, len(row))
-        tokens[i, place] = torch.tensor(row)
-        mask[i, place] = True
-    return tokens, mask
+def _pad(rows: list[list[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
+    tokens = [torch.tensor(row) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return pad_sequence(tokens, True, fill, side), pad_sequence(real, True, False, side)
