@@ -153,7 +153,7 @@ def our_arm(
     item: Item, folder: Path, steps: int, is_mixed: bool, is_fused: bool, device: str
 ) -> dict[str, Any]:
     """GRPO steps out of minigrpo's own pieces: seconds of each, and by phase."""
-    from minigrpo.grpo import group_advantages, grpo_loss, loss_denominator
+    from minigrpo.grpo import Objective, group_advantages, grpo_loss, loss_denominator
     from minigrpo.optim import adamw
     from minigrpo.policy import ActingPolicy, completion_scores
     from minigrpo.runs import keep_freed_memory, set_matmul_precision
@@ -213,7 +213,7 @@ def our_arm(
                 )  # fmt: skip
             loss, _ = grpo_loss(
                 scores.logprobs, None, ref, done.mask[chosen], advantages[chosen], denominator,
-                0.2, 0.2, 0.01, "dapo",
+                Objective(0.2, 0.2, 0.01, "dapo"),
             )  # fmt: skip
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -20,6 +20,7 @@ from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.distributed import backward, gather_rows, max_over_ranks, sum_over_ranks
 from minigrpo.grpo import (
     LossMetrics,
+    Objective,
     grpo_loss,
     loss_denominator,
     loss_report,
@@ -125,6 +126,9 @@ def accumulate_gradient(
     rows = rows.to(device)
     mask = rollout.completion_mask[rows]
     denominator = sum_over_ranks(loss_denominator(mask, config.aggregation, rollout.max_length))
+    objective = Objective(
+        config.clip_eps_low, config.clip_eps_high, config.kl_beta, config.aggregation
+    )
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     gap = torch.zeros((), device=device)
@@ -155,10 +159,7 @@ def accumulate_gradient(
             mask,
             rollout.advantages.to(device)[chosen],
             denominator,
-            config.clip_eps_low,
-            config.clip_eps_high,
-            config.kl_beta,
-            config.aggregation,
+            objective,
             expected,
         )
         backward(model, loss)
