@@ -388,13 +388,10 @@ def read_starts(path: Path, plant: DoubleIntegrator) -> Tensor:
     """
     try:
         rows = json.loads(path.read_text())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"initial_states must name a readable JSON file, got {path}: {error.strerror}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"initial_states: {path} must be a JSON list of [position, velocity], got {error}"
+            "initial_states must name a readable JSON file, a JSON list of [position, velocity], "
+            f"got {path}: {error}"
         ) from error
     if not isinstance(rows, list) or len(rows) < 2:
         got = f"{len(rows)} row(s)" if isinstance(rows, list) else type(rows).__name__
