@@ -69,10 +69,7 @@ class RunSettings(Settings):
     """What both trainers share."""
 
     seed: int = flag(
-        0,
-        "seed of initial weights, data order and sampled tokens",
-        at_least=0,
-        at_most=2**32 - 1,
+        0, "seed of initial weights, data order and sampled tokens", at_least=0, at_most=2**32 - 1
     )
     matmul_precision: Literal["auto", "highest", "high", "medium"] = flag(
         "auto",

@@ -288,11 +288,7 @@ def credited(
 
 
 def choices_of(
-    experience: Experience,
-    vocab_size: int,
-    task: Task,
-    config: GRPOConfig,
-    reward: RewardFunction,
+    experience: Experience, vocab_size: int, task: Task, config: GRPOConfig, reward: RewardFunction
 ) -> ChoiceValues:
     """`counterfactual.choice_values` of an experience, on the model's device."""
     tokens = experience.completions.tokens
