@@ -42,12 +42,11 @@ def process_group(device: str) -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         yield torch.device(kind)
         return
-    place = (
-        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
-    )
+    place, backend = torch.device("cpu"), "gloo"
     if kind == "cuda":
+        place, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cuda:nccl,cpu:gloo"
         torch.cuda.set_device(place)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     yield place
     dist.destroy_process_group()  # not after an error: that could wait for lost ranks
 
