@@ -62,14 +62,13 @@ def batch_arithmetic(config: GRPOConfig) -> str:
     """How prompts become optimizer steps, in one line; and why the loss looks like nothing."""
     rows = config.prompts_per_step * config.group_size
     updates = config.num_epochs * config.num_minibatches
-    line = (
-        f"{config.prompts_per_step} prompts x {config.group_size} = {rows} completions a step -> "
-        f"{updates} optimizer step(s) of {rows // config.num_minibatches}"
-    )
+    expect = "the ratio is 1 in the first of them, and the loss stays near 0"
     if updates == 1:
-        return f"{line}: the ratio is 1 and the loss near 0 by construction, watch grad_norm"
+        expect = "the ratio is 1 and the loss near 0 by construction"
     return (
-        f"{line}: the ratio is 1 in the first of them, and the loss stays near 0, watch grad_norm"
+        f"{config.prompts_per_step} prompts x {config.group_size} = {rows} completions a step -> "
+        f"{updates} optimizer step(s) of {rows // config.num_minibatches}: {expect}, "
+        "watch grad_norm"
     )
 
 
