@@ -7,6 +7,7 @@ number of ranks, and resuming needs no generator state.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -186,6 +187,6 @@ def _demonstration_rows(
 
 
 def _pad(rows: list[list[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
-    tokens = [torch.tensor(row) for row in rows]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return pad_sequence(tokens, True, fill, side), pad_sequence(real, True, False, side)
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    tokens = pad([torch.tensor(row) for row in rows], padding_value=fill)
+    return tokens, pad([torch.ones(len(row), dtype=torch.bool) for row in rows])
