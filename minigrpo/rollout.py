@@ -342,7 +342,7 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
     sums = [(float(values.cpu().double().sum()), len(values)) for values in measured.values()]
     totals, counts = sum_over_ranks(torch.tensor(sums, dtype=torch.float64)).unbind(dim=1)
     means = dict(zip(measured, (totals / counts).tolist(), strict=True))
-    return means | {"rollout/num_tokens": float(counts[-1])}
+    return means | {"rollout/num_tokens": float(counts[-1])}  # the last of them are of tokens
 
 
 def sample_records(
