@@ -125,14 +125,11 @@ def run_policies(
             else:
                 tries = range(config.best_of if mode == "best_of" else 1)
                 chosen = None if mode == "greedy" else acting
-                results[name][mode] = evaluation.best_of(
-                    [
-                        evaluation.evaluate_policy(
-                            model, starts, task, chosen, config.seed, attempt=i
-                        )
-                        for i in tries
-                    ]
-                )
+                flown = [
+                    evaluation.evaluate_policy(model, starts, task, chosen, config.seed, attempt=i)
+                    for i in tries
+                ]
+                results[name][mode] = evaluation.best_of(flown)
     return results
 
 

@@ -17,67 +17,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigrpo.checkpoint import (
-    Manifest,
-    load_task,
-    save_batch,
-    saved_config,
-)
-from minigrpo.config import GRPOConfig, Resolved, Value, check_saved, parse_flags, resolve
+from minigrpo.checkpoint import Manifest, load_task, save_batch
+from minigrpo.config import GRPOConfig, Resolved, Value, resolve
 from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
-from minigrpo.data import (
-    Prompts,
-    Task,
-    make_prompts,
-    prompt_length,
-    split_starts,
-    training_starts,
-)
-from minigrpo.distributed import (
-    local_world_size,
-    place_model,
-    process_group,
-    rank,
-    world_size,
-)
+from minigrpo.data import Prompts, Task, make_prompts, prompt_length, split_starts, training_starts
+from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
-from minigrpo.optim import (
-    adamw,
-    cosine_learning_rate,
-    linear,
-    plateau_factor,
-)
-from minigrpo.reward import (
-    RewardFunction,
-    RewardKind,
-    RewardWeights,
-    breakdown_line,
-    tally_rewards,
-)
+from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
+from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
-from minigrpo.runs import (
-    StopSignal,
-    check_apart,
-    open_run,
-    run_command,
-    set_matmul_precision,
-)
+from minigrpo.runs import check_apart, run_command, set_matmul_precision
 from minigrpo.tokenizer import gradient_kernel
-from minigrpo.training import Training
+from minigrpo.training import Training, given_and_saved, opened
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
 
@@ -99,14 +62,13 @@ def batch_arithmetic(config: GRPOConfig) -> str:
     """How prompts become optimizer steps, in one line; and why the loss looks like nothing."""
     rows = config.prompts_per_step * config.group_size
     updates = config.num_epochs * config.num_minibatches
-    line = (
-        f"{config.prompts_per_step} prompts x {config.group_size} = {rows} completions a step -> "
-        f"{updates} optimizer step(s) of {rows // config.num_minibatches}"
-    )
+    expect = "the ratio is 1 in the first of them, and the loss stays near 0"
     if updates == 1:
-        return f"{line}: the ratio is 1 and the loss near 0 by construction, watch grad_norm"
+        expect = "the ratio is 1 and the loss near 0 by construction"
     return (
-        f"{line}: the ratio is 1 in the first of them, and the loss stays near 0, watch grad_norm"
+        f"{config.prompts_per_step} prompts x {config.group_size} = {rows} completions a step -> "
+        f"{updates} optimizer step(s) of {rows // config.num_minibatches}: {expect}, "
+        "watch grad_norm"
     )
 
 
@@ -130,9 +92,8 @@ def reward_function(
         constraints_cap=config.reward_constraints_cap,
         validity=config.reward_validity,
     )
-
-    kind, horizon = cast(RewardKind, config.reward), task.plant.horizon
-    return partial(tally_rewards, kind=kind, horizon=horizon, weights=weights)
+    horizon = task.plant.horizon
+    return partial(tally_rewards, kind=config.reward, horizon=horizon, weights=weights)
 
 
 def prompts_of_step(
@@ -204,8 +165,7 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
         for step in tqdm(range(config.measure_signal), unit="rollout", disable=hidden):
             prompts, places = prompts_of_step(training, once, task, step)
             rollout = make_rollout(model, None, prompts, places, once, task, reward)[0]
-            length = task.max_completion_length
-            gradient = rollout_gradient(model, rollout, once, length)
+            gradient = rollout_gradient(model, rollout, once)
             if rank() == 0:
                 gradients[step] = gradient
         if rank() == 0:
@@ -232,14 +192,11 @@ def settings(
     arguments: Sequence[str] | None,
 ) -> tuple[Resolved[GRPOConfig], TransformerConfig, Task, Manifest]:
     """What the flags, the saved run and the folder of --init say; ValueError: they disagree."""
-    given = parse_flags(GRPOConfig, arguments)
+    given, saved = given_and_saved(GRPOConfig, arguments)
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
-    saved = saved_config(save_dir) if given.get("resume") else None
-    if saved is not None:
-        check_saved(GRPOConfig, saved)
-    init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
+    init = given.get("init", saved.get("init", GRPOConfig.init))
     check_apart(save_dir, "init", Path(str(init)))
-    started = (saved or {}).get("init", init)
+    started = saved.get("init", init)
     if Path(str(started)).resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))
@@ -257,76 +214,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved, shape, task, origin = settings(arguments)
     config = resolved.config
-    folder = Path(config.save_dir)
     if config.measure_signal:
         measure_signal(build(config), config, task)
         return
-    with process_group(config.device) as device, ExitStack() as opened:
+    with process_group(config.device) as device:
         # All that may refuse the run comes before --overwrite deletes the one that is there.
         check_batch(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, LESS_MEMORY, device)
-        model, reference = build(config), None
-        run = opened.enter_context(
-            open_run(folder, config.overwrite, config.resume, config.tensorboard)
-        )
-        stop = opened.enter_context(StopSignal(folder, config.stop_after_minutes))
-        set_matmul_precision(config.matmul_precision, device)
-        if config.kl_beta > 0:  # with adapters it is the same model, seen without them
-            reference = model if config.lora_rank else load_transformer(Path(config.init))
-            reference.is_fused = config.fuse
-        for placed in dict.fromkeys([model, reference or model]):
-            place_model(placed, placed.blocks, device, config.parallel)
-        betas = 0.9, config.adam_beta2
-        optimizer = adamw(
-            model, config.learning_rate, betas, config.weight_decay, config.final_norm_rate
-        )
-        manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
-        training = Training(run, stop, config, manifest, task, model, optimizer, device, reference)
-        training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
-        starts, num_skipped = split_starts(task.plant).training, 0
-        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)
-        kernel = None if kernel is None else kernel.to(device)
-        for step in training.steps():
-            began = time.perf_counter()
-            acting, rate, reward = schedules(config, task, step, training)
-            prompts, places = prompts_of_step(starts, config, task, step)
-            rollout, experience, seconds = make_rollout(
-                model, reference, prompts, places, acting, task, reward
+        model = build(config)
+        with opened(config, device) as (run, stop):
+            reference = None
+            if config.kl_beta > 0:  # with adapters it is the same model, seen without them
+                reference = model if config.lora_rank else load_transformer(Path(config.init))
+                reference.is_fused = config.fuse
+            for placed in dict.fromkeys([model, reference or model]):
+                place_model(placed, placed.blocks, device, config.parallel)
+            betas = 0.9, config.adam_beta2
+            optimizer = adamw(
+                model, config.learning_rate, betas, config.weight_decay, config.final_norm_rate
             )
-            updating, simulate = time.perf_counter(), None
-            if config.follow_policy and rollout.choices is not None:
-                simulate = choice_simulator(shape.vocab_size, task, reward)
-            updated, skipped = update_policy(
-                model,
-                optimizer,
-                rollout,
-                acting,
-                step,
-                rate,
-                task.max_completion_length,
-                kernel,
-                simulate,
+            manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
+            training = Training(
+                run, stop, config, manifest, task, model, optimizer, device, reference
             )
-            metrics = rollout_metrics(rollout, experience) | updated | seconds
-            metrics["time/update_s"] = time.perf_counter() - updating
-            metrics["time/step_s"] = time.perf_counter() - began
-            warnings = warnings_of(metrics, config, step, device.type == "cuda")
-            run.log_text(breakdown_line(experience.rewards, 0), *warnings)
-            for record in sample_records(prompts, experience, rollout):
-                run.log_sample(step + 1, record)
-            if any(skipped):
-                save_batch(folder, step + 1, rollout)
-            num_skipped = skipped_in_a_row(num_skipped, skipped)
-            is_failure = num_skipped == MAX_SKIPPED_IN_A_ROW
-            training.end_step(
-                metrics,
-                f"{num_skipped} optimizer steps in a row had a gradient that is not finite; "
-                f"their batches are in {folder / 'skipped'}; lower learning_rate, then --resume"
-                if is_failure
-                else "",
-            )
-        training.finish()
+            training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
+            starts, num_skipped = split_starts(task.plant).training, 0
+            width = config.gradient_smoothing_width
+            kernel = gradient_kernel(task.tokenizer, shape.vocab_size, width, device)
+            for step in training.steps():
+                metrics, skipped = rollout_and_update(training, config, starts, kernel, step)
+                num_skipped = skipped_in_a_row(num_skipped, skipped)
+                failure = ""
+                if num_skipped == MAX_SKIPPED_IN_A_ROW:
+                    failure = (
+                        f"{num_skipped} optimizer steps in a row had a gradient that is not "
+                        f"finite; their batches are in {run.folder / 'skipped'}; lower "
+                        "learning_rate, then --resume"
+                    )
+                training.end_step(metrics, failure)
+            training.finish()
+
+
+def rollout_and_update(
+    training: Training, config: GRPOConfig, starts: Tensor, kernel: Tensor | None, step: int
+) -> tuple[dict[str, float], list[bool]]:
+    """One step: its metrics, and of each optimizer step whether it was skipped.
+
+    Samples are logged, and a batch of which a step was skipped is kept.
+    """
+    began = time.perf_counter()
+    model, task, run = training.model, training.task, training.run
+    acting, rate, reward = schedules(config, task, step, training)
+    prompts, places = prompts_of_step(starts, config, task, step)
+    rollout, experience, seconds = make_rollout(
+        model, training.reference, prompts, places, acting, task, reward
+    )
+    updating, simulate = time.perf_counter(), None
+    if config.follow_policy and rollout.choices is not None:
+        simulate = choice_simulator(model.config.vocab_size, task, reward)
+    updated, skipped = update_policy(
+        model, training.optimizer, rollout, acting, step, rate, kernel, simulate
+    )
+    metrics = rollout_metrics(rollout, experience) | updated | seconds
+    metrics["time/update_s"] = time.perf_counter() - updating
+    metrics["time/step_s"] = time.perf_counter() - began
+    warnings = warnings_of(metrics, config, step, training.device.type == "cuda")
+    run.log_text(breakdown_line(experience.rewards, 0), *warnings)
+    for record in sample_records(prompts, experience, rollout):
+        run.log_sample(step + 1, record)
+    if any(skipped):
+        save_batch(run.folder, step + 1, rollout)
+    return metrics, skipped
 
 
 if __name__ == "__main__":

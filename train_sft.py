@@ -10,20 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minigrpo.checkpoint import (
-    Manifest,
-    make_task,
-    save_batch,
-    saved_config,
-)
-from minigrpo.config import Resolved, SFTConfig, Value, check_saved, parse_flags, resolve
+from minigrpo.checkpoint import Manifest, make_task, save_batch
+from minigrpo.config import Resolved, SFTConfig, Value, resolve
 from minigrpo.data import (
     SFTBatch,
     Task,
@@ -33,13 +27,7 @@ from minigrpo.data import (
     prompt_length,
     split_starts,
 )
-from minigrpo.distributed import (
-    local_world_size,
-    place_model,
-    process_group,
-    rank,
-    world_size,
-)
+from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.lora import add_adapters
@@ -47,13 +35,7 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate
 from minigrpo.prompts import Codec
-from minigrpo.runs import (
-    StopSignal,
-    check_apart,
-    open_run,
-    run_command,
-    set_matmul_precision,
-)
+from minigrpo.runs import check_apart, run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import (
     gradient_kernel,
@@ -62,7 +44,7 @@ from minigrpo.tokenizer import (
     number_tokenizer,
     token_values,
 )
-from minigrpo.training import Training
+from minigrpo.training import Training, given_and_saved, opened
 from minigrpo.transformer import (
     Transformer,
     TransformerConfig,
@@ -162,14 +144,10 @@ def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -
 
 def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
     """What the flags and the saved run say; ValueError: it does not fit together."""
-    given = parse_flags(SFTConfig, arguments)
-    save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
-    saved = saved_config(save_dir) if given.get("resume") else None
-    if saved is not None:
-        check_saved(SFTConfig, saved)
-    elif given.get("model"):
+    given, saved = given_and_saved(SFTConfig, arguments)
+    if given.get("model") and not saved:
         given.setdefault("preset", "pretrained")  # which that flag says
-    preset = str({**(saved or {}), **given}.get("preset", SFTConfig.preset))
+    preset = str((saved | given).get("preset", SFTConfig.preset))
     resolved = resolve(SFTConfig, given, preset, saved)
     check_preset(resolved.config, given)
     return resolved
@@ -209,65 +187,63 @@ def training_data(config: SFTConfig, task: Task) -> SFTBatch:
     return demonstrations(starts, task, noise)
 
 
-def label_smoothing(config: SFTConfig, task: Task, vocab_size: int) -> Tensor | None:
+def label_smoothing(
+    config: SFTConfig, task: Task, vocab_size: int, device: torch.device
+) -> Tensor | None:
     """`sft.smoothing_matrix`, None for sharp labels."""
     if config.smoothing_width == 0:
         return None
     values = token_values(task.tokenizer, vocab_size)
-    return smoothing_matrix(values, config.smoothing_width).float()
+    return smoothing_matrix(values, config.smoothing_width).float().to(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; see --help."""
     resolved = settings(arguments)
     config = resolved.config
-    folder = Path(config.save_dir)
     if config.model:
-        check_apart(folder, "model", Path(config.model))
+        check_apart(Path(config.save_dir), "model", Path(config.model))
     shape, task, weights = describe(config)  # what it refuses leaves no folder behind
-    with process_group(config.device) as device, ExitStack() as opened:
+    with process_group(config.device) as device:
         # All that may refuse the run comes before --overwrite deletes the one that is there.
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, less_memory(config), device)
         model = build(shape, task, weights, config)
-        run = opened.enter_context(
-            open_run(folder, config.overwrite, config.resume, config.tensorboard)
-        )
-        stop = opened.enter_context(StopSignal(folder, config.stop_after_minutes))
-        set_matmul_precision(config.matmul_precision, device)
-        place_model(model, model.blocks, device, config.parallel)
-        optimizer = adamw(
-            model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
-        )
-        manifest = Manifest.of_run("sft", config.preset, task, resolved)
-        training = Training(run, stop, config, manifest, task, model, optimizer, device)
-        count, rows = config.num_demonstrations, config.steps * config.batch_size
-        plan = f"{count} demonstrations, {config.steps} steps of {config.batch_size}"
-        training.describe([resolved.table(), str(memory), f"{plan} = {rows / count:.0f} epochs"])
-        data = training_data(config, task)
-        smoothing = label_smoothing(config, task, shape.vocab_size)
-        smoothing = None if smoothing is None else smoothing.to(device)
-        kernel = gradient_kernel(task.tokenizer, shape.vocab_size, config.gradient_smoothing_width)
-        kernel = None if kernel is None else kernel.to(device)
-        for step in training.steps():
-            began = time.perf_counter()
-            rate = cosine_learning_rate(
-                step, config.steps, config.learning_rate, config.warmup_steps
+        with opened(config, device) as (run, stop):
+            place_model(model, model.blocks, device, config.parallel)
+            optimizer = adamw(
+                model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
             )
-            batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
-            metrics = supervised_step(
-                model, optimizer, batch, smoothing, config, step, rate, kernel
+            manifest = Manifest.of_run("sft", config.preset, task, resolved)
+            training = Training(run, stop, config, manifest, task, model, optimizer, device)
+            count, rows = config.num_demonstrations, config.steps * config.batch_size
+            plan = f"{count} demonstrations, {config.steps} steps of {config.batch_size}"
+            training.describe(
+                [resolved.table(), str(memory), f"{plan} = {rows / count:.0f} epochs"]
             )
-            metrics["time/step_s"] = time.perf_counter() - began
-            failure = ""
-            if not math.isfinite(metrics["update/grad_norm"]):
-                save_batch(folder, step + 1, batch)
-                failure = (
-                    f"the gradient of step {step + 1} is not finite and was not applied; its batch "
-                    f"is in {folder / 'skipped'}; lower learning_rate, then --resume"
+            data = training_data(config, task)
+            smoothing = label_smoothing(config, task, shape.vocab_size, device)
+            width = config.gradient_smoothing_width
+            kernel = gradient_kernel(task.tokenizer, shape.vocab_size, width, device)
+            for step in training.steps():
+                began = time.perf_counter()
+                rate = cosine_learning_rate(
+                    step, config.steps, config.learning_rate, config.warmup_steps
                 )
-            training.end_step(metrics, failure)
-        training.finish()
+                batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
+                metrics = supervised_step(
+                    model, optimizer, batch, smoothing, config, step, rate, kernel
+                )
+                metrics["time/step_s"] = time.perf_counter() - began
+                failure = ""
+                if not math.isfinite(metrics["update/grad_norm"]):
+                    save_batch(run.folder, step + 1, batch)
+                    failure = (
+                        f"the gradient of step {step + 1} is not finite and was not applied; its "
+                        f"batch is in {run.folder / 'skipped'}; lower learning_rate, then --resume"
+                    )
+                training.end_step(metrics, failure)
+            training.finish()
 
 
 if __name__ == "__main__":

@@ -153,12 +153,13 @@ def our_arm(
     item: Item, folder: Path, steps: int, is_mixed: bool, is_fused: bool, device: str
 ) -> dict[str, Any]:
     """GRPO steps out of minigrpo's own pieces: seconds of each, and by phase."""
-    from minigrpo.grpo import group_advantages, grpo_loss, loss_denominator
+    from minigrpo.grpo import Objective, group_advantages, grpo_loss, loss_denominator
     from minigrpo.optim import adamw
     from minigrpo.policy import ActingPolicy, completion_scores
+    from minigrpo.rollout import rows_of
     from minigrpo.runs import keep_freed_memory, set_matmul_precision
-    from minigrpo.sampling import StopRule, sample_completions
-    from minigrpo.transformer import load_transformer
+    from minigrpo.sampling import Completions, StopRule, sample_completions
+    from minigrpo.transformer import Transformer, load_transformer
 
     keep_freed_memory()
     set_matmul_precision("auto", torch.device(device))
@@ -166,54 +167,40 @@ def our_arm(
     model.is_fused = reference.is_fused = is_fused
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=device)
     mask, acting = torch.ones_like(prompts, dtype=torch.bool), ActingPolicy(1.0, item.top_p, 32)
-    optimizer = adamw(model, 1e-6, (0.9, 0.999), 0.0)
+    stop, optimizer = StopRule((), 0, item.length), adamw(model, 1e-6, (0.9, 0.999), 0.0)
     rows, before = item.num_prompts * item.group_size, peak_gb(device)
     alike = math.gcd(item.group_size, item.micro_batch)
     phases: dict[str, list[float]] = {"rollout": [], "reference": [], "update": [], "step": []}
+
+    def scored(
+        scorer: Transformer, done: Completions, rows: torch.Tensor, has_entropy: bool
+    ) -> torch.Tensor:
+        whose = rows[::alike] // item.group_size
+        support = rows_of(done.support, rows)
+        return completion_scores(
+            scorer, prompts[whose], mask[whose], done.tokens[rows], support, 1.0, None, has_entropy
+        ).logprobs
 
     for step in range(WARM_UP[device] + steps):
         generator = torch.Generator().manual_seed(step)
         uniforms = torch.rand(rows, item.length, generator=generator).to(device)
         stamps = [now(device)]
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
-            done = sample_completions(
-                model,
-                prompts,
-                mask,
-                item.group_size,
-                acting,
-                StopRule((), 0, item.length),
-                uniforms,
-            )
+            done = sample_completions(model, prompts, mask, item.group_size, acting, stop, uniforms)
         rewards = torch.tensor(reward_of(done.tokens.tolist()), dtype=torch.float64)
         advantages = group_advantages(rewards, item.group_size, "group").to(device)
         stamps.append(now(device))
         chunks = torch.split(torch.arange(rows, device=device), item.micro_batch)
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed), torch.no_grad():
-            kept = [
-                completion_scores(
-                    reference,
-                    prompts[c[::alike] // item.group_size],
-                    mask[c[::alike] // item.group_size],
-                    done.tokens[c],
-                    part(done.support, c),
-                    1.0,
-                    has_entropy=False,
-                ).logprobs
-                for c in chunks
-            ]
+            kept = [scored(reference, done, chosen, False) for chosen in chunks]
         stamps.append(now(device))
         denominator = loss_denominator(done.mask, "dapo", item.length)
         for chosen, ref in zip(chunks, kept, strict=True):
-            whose = chosen[::alike] // item.group_size
             with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
-                scores = completion_scores(
-                    model, prompts[whose], mask[whose], done.tokens[chosen],
-                    part(done.support, chosen), 1.0,
-                )  # fmt: skip
+                logprobs = scored(model, done, chosen, True)
             loss, _ = grpo_loss(
-                scores.logprobs, None, ref, done.mask[chosen], advantages[chosen], denominator,
-                0.2, 0.2, 0.01, "dapo",
+                logprobs, None, ref, done.mask[chosen], advantages[chosen], denominator,
+                Objective(0.2, 0.2, 0.01, "dapo"),
             )  # fmt: skip
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -227,10 +214,6 @@ def our_arm(
             ):
                 values.append(seconds)
     return {"phases": phases, "peak_gb": peak_gb(device), "before_gb": before}
-
-
-def part(support: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
-    return None if support is None else support[rows]
 
 
 def trl_arm(

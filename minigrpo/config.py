@@ -13,10 +13,10 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, get_type_hints
+from typing import Generic, Literal, TypeVar, get_args, get_type_hints
 
 Value = bool | int | float | str
-V = TypeVar("V", bool, int, float, str)
+V = TypeVar("V", bound=Value)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -26,10 +26,9 @@ def flag(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
-    choices: tuple[str, ...] | None = None,
 ) -> V:
-    """A dataclass field that carries its help and its range."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+    """A dataclass field that carries its help and its range (a Literal needs none)."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most}
     return field(default=default, metadata={"help": help_text, "limits": limits})
 
 
@@ -37,36 +36,31 @@ def flag(
 class Settings:
     """What every command has; construction checks every field's range."""
 
-    device: str = flag(
-        "auto", "auto takes CUDA where there is one", choices=("auto", "cpu", "cuda")
-    )
-    precision: str = flag(
-        "float32",
-        "autocast of the forward passes; weights (and AdamW) stay float32",
-        choices=("float32", "bfloat16"),
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto takes CUDA where there is one")
+    precision: Literal["float32", "bfloat16"] = flag(
+        "float32", "autocast of the forward passes; weights (and AdamW) stay float32"
     )
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            _check_range(item.name, getattr(self, item.name), item.metadata["limits"])
+            value, choices = getattr(self, item.name), get_args(hints[item.name])
+            if choices and value not in choices:
+                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value}")
+            if not isinstance(value, str):
+                _check_range(item.name, value, **item.metadata["limits"])
 
 
 def _check_range(
-    name: str, value: Value, limits: dict[str, float | tuple[str, ...] | None]
+    name: str, value: float, at_least: float | None, above: float | None, at_most: float | None
 ) -> None:
-    names = ("choices", "at_least", "above", "at_most")
-    choices, at_least, above, at_most = (limits[key] for key in names)
-    if isinstance(choices, tuple) and value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")
-    if isinstance(value, str):
-        return
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    if isinstance(at_least, int | float) and value < at_least:
+    if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    if isinstance(above, int | float) and value <= above:
+    if above is not None and value <= above:
         raise ValueError(f"{name} must be above {above}, got {value}")
-    if isinstance(at_most, int | float) and value > at_most:
+    if at_most is not None and value > at_most:
         raise ValueError(f"{name} must be at most {at_most}, got {value}")
 
 
@@ -75,16 +69,12 @@ class RunSettings(Settings):
     """What both trainers share."""
 
     seed: int = flag(
-        0,
-        "seed of initial weights, data order and sampled tokens",
-        at_least=0,
-        at_most=2**32 - 1,
+        0, "seed of initial weights, data order and sampled tokens", at_least=0, at_most=2**32 - 1
     )
-    matmul_precision: str = flag(
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = flag(
         "auto",
         "torch.set_float32_matmul_precision; auto: high (TF32) on a GPU, on a CPU the faster "
         "library where that rounds as float32 does; medium allows products of bfloat16",
-        choices=("auto", "highest", "high", "medium"),
     )
     lora_rank: int = flag(
         0, "rank of the LoRA adapters that are trained instead of the model; 0 trains the model",
@@ -131,15 +121,12 @@ class RunSettings(Settings):
     stop_after_minutes: float = flag(
         0.0, "save and stop cleanly after that time; 0 is never", at_least=0
     )
-    parallel: str = flag(
-        "ddp",
-        "with torchrun: ddp keeps the whole model on each rank, fsdp shards it",
-        choices=("ddp", "fsdp"),
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp", "with torchrun: ddp keeps the whole model on each rank, fsdp shards it"
     )
-    memory_check: str = flag(
-        "refuse", "a run whose estimate, an upper bound, exceeds the free memory: stop it, or warn",
-        choices=("refuse", "warn", "off"),
-    )  # fmt: skip
+    memory_check: Literal["refuse", "warn", "off"] = flag(
+        "refuse", "a run whose estimate, an upper bound, exceeds the free memory: stop it, or warn"
+    )
     sync_check: int = flag(
         50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
         at_least=0,
@@ -158,10 +145,8 @@ class RunSettings(Settings):
 class SFTConfig(RunSettings):
     """Supervised fine-tuning on LQR demonstrations."""
 
-    preset: str = flag(
-        "tiny",
-        "tiny: a small model from scratch with a number tokenizer; pretrained: --model",
-        choices=("tiny", "pretrained"),
+    preset: Literal["tiny", "pretrained"] = flag(
+        "tiny", "tiny: a small model from scratch with a number tokenizer; pretrained: --model"
     )
     model: str = flag(
         "", "folder or hub name of a pretrained model (Llama, Qwen2, Qwen3, SmolLM2 families)"
@@ -270,18 +255,15 @@ class GRPOConfig(RunSettings):
     )
     clip_eps_low: float = flag(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
     clip_eps_high: float = flag(0.2, "the ratio is clipped above 1 + this", above=0)
-    aggregation: str = flag(
-        "dapo", "token weights of the loss", choices=("grpo", "dapo", "dr_grpo")
+    aggregation: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "token weights of the loss")
+    advantage_std: Literal["group", "batch", "none"] = flag(
+        "group", "what advantages are divided by"
     )
-    advantage_std: str = flag(
-        "group", "what advantages are divided by", choices=("group", "batch", "none")
-    )
-    credit: str = flag(
+    credit: Literal["completion", "choice"] = flag(
         "completion",
         "completion: every token has the advantage of its completion; choice: the simulator says "
         "what each other control would have been worth, and the gradient is over all of them "
         "(needs one token a control)",
-        choices=("completion", "choice"),
     )
     credit_lambda: float = flag(
         0.7,
@@ -295,8 +277,8 @@ class GRPOConfig(RunSettings):
         "with credit choice: simulate choices again before each optimizer step but the first of a "
         "rollout, at plans that have moved as the policy has",
     )
-    reward: str = flag(
-        "progress", "punishment is kept for comparison", choices=("progress", "punishment")
+    reward: Literal["progress", "punishment"] = flag(
+        "progress", "punishment is kept for comparison"
     )
     reward_baseline: float = flag(
         50.0, "constant for valid text; cancels among valid completions", at_least=0
@@ -422,6 +404,7 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
     parser = argparse.ArgumentParser(
         description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
+    hints = get_type_hints(kind)
     for item in dataclasses.fields(kind):
         defaults = [f"default: {item.default}"]
         for (preset, of_kind), values in PRESETS.items():
@@ -434,7 +417,7 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
             if item.name == "resume":  # other tools want a word behind it
                 switch.nargs, switch.choices = "?", ("auto",)
         else:
-            choices = item.metadata["limits"]["choices"]
+            choices = get_args(hints[item.name]) or None
             parser.add_argument(*names, type=type(item.default), choices=choices, help=shown)
     if kind is EvalConfig:
         hidden = argparse.SUPPRESS  # a usual misspelling
@@ -490,6 +473,7 @@ def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:
 
 def _check_types(kind: type[Settings], values: dict[str, Value]) -> None:
     for name, wanted in get_type_hints(kind).items():
+        wanted = str if get_args(wanted) else wanted  # one of a few words
         got = values[name]
         if wanted is float and type(got) is int:
             values[name] = float(got)

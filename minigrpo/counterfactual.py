@@ -35,6 +35,7 @@ N rows = P groups of G   T horizon   C completion length   V vocabulary   K colu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from einops import rearrange, reduce
@@ -43,7 +44,7 @@ from torch import Tensor
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, state_cost
 from minigrpo.reward import RewardFunction, Tally, distance_from_rest, tally_of
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record, check_shapes
 
 # W_k is simulated at v_k plus these shares of the control bound, 0 among them, and drawn linearly
 # between; then stored on a grid over the control range, where it is drawn linearly again.
@@ -56,18 +57,13 @@ NUM_COLUMNS = NUM_NODES + 2  # of the basis: nodes, EOS, any other word
 class Plans:
     """What choices are simulated with: the controls before a choice, and those after it."""
 
-    initial_states: Tensor  # [N, 2] float64
-    own: Tensor  # [N, T] float64, m/s^2, as written; 0 for words and what is missing
-    others: Tensor  # [N, T] float64, the mean plan of the group's other well-formed rows
-    num_written: Tensor  # [N] int64, tokens before the one that broke the format, T + 1: none did
+    initial_states: Annotated[Tensor, "N 2"]  # float64
+    own: Annotated[Tensor, "N T"]  # float64, m/s^2, as written; 0 for words and what is missing
+    others: Annotated[Tensor, "N T"]  # float64, the mean plan of the group's other well-formed rows
+    num_written: Annotated[Tensor, "N"]  # int64, tokens that keep the format, T + 1: all do
 
     def __post_init__(self) -> None:
-        check_shapes(
-            initial_states=(self.initial_states, "N 2"),
-            own=(self.own, "N T"),
-            others=(self.others, "N T"),
-            num_written=(self.num_written, "N"),
-        )
+        check_record(self)
 
     def moved(self, rows: Tensor, shift: Tensor, bound: float) -> Plans:
         """Those of some rows [M], each control moved by shift [M, T], m/s^2, within the bound."""
@@ -86,18 +82,14 @@ class ChoiceValues:
     NUM_NODES nodes of the control, EOS, all other words. All 0 after the end of a row.
     """
 
-    values: Tensor  # [N, C, K] float32
-    level: Tensor  # [N, C] float64
-    basis: Tensor  # [V, K] float32
+    values: Annotated[Tensor, "N C K"]  # float32
+    level: Annotated[Tensor, "N C"]  # float64
+    basis: Annotated[Tensor, "V K"]  # float32
     grid: Tensor  # [NUM_NODES] float32, the nodes, m/s^2
     plans: Plans
 
     def __post_init__(self) -> None:
-        check_shapes(
-            values=(self.values, "N C K"),
-            level=(self.level, "N C"),
-            basis=(self.basis, "V K"),
-        )
+        check_record(self)
 
     def mean_offset(self, mass: Tensor, tokens: Tensor) -> Tensor:
         """E_q a - u_k of the numbers among the choices: mass [M, C, K], tokens [M, C] -> [M, C].

@@ -7,17 +7,20 @@ number of ranks, and resuming needs no generator state.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, disturbed_lqr_controls
 from minigrpo.prompts import Codec, prompt_text
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record
 from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
 
 PURPOSES = (
@@ -74,19 +77,14 @@ class Task:
 class Prompts:
     """The prompts of one step; a start travels with its prompt and is never read back from text."""
 
-    initial_states: Tensor  # [P, 2] m, m/s; float64
-    indices: Tensor  # [P] int64, place in the run's stream of prompts, the key of its randomness
+    initial_states: Annotated[Tensor, "P 2"]  # m, m/s; float64
+    indices: Annotated[Tensor, "P"]  # int64, place in the run's stream of prompts, key of its draws
     texts: tuple[str, ...]  # P strings
-    tokens: Tensor  # [P, L] int64, left-padded
-    mask: Tensor  # [P, L] bool
+    tokens: Annotated[Tensor, "P L"]  # int64, left-padded
+    mask: Annotated[Tensor, "P L"]  # bool
 
     def __post_init__(self) -> None:
-        check_shapes(
-            initial_states=(self.initial_states, "P 2"),
-            indices=(self.indices, "P"),
-            tokens=(self.tokens, "P L"),
-            mask=(self.mask, "P L"),
-        )
+        check_record(self)
 
 
 def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts:
@@ -94,7 +92,7 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
     rows = [
         encode_prompt(task.tokenizer, state, task.plant, task.codec) for state in initial_states
     ]
-    tokens, mask = _pad(rows, pad_id(task.tokenizer), left=True)
+    tokens, mask = _pad(rows, pad_id(task.tokenizer), "left")
     texts = tuple(prompt_text(state, task.plant, task.codec) for state in initial_states)
     return Prompts(initial_states, indices, texts, tokens, mask)
 
@@ -134,18 +132,13 @@ def token_uniforms(
 class SFTBatch:
     """Demonstrations as token rows: prompt, completion, EOS, right-padded."""
 
-    tokens: Tensor  # [B, K] int64, what the model reads: the controls as applied
-    labels: Tensor  # [B, K] int64, what it shall have said there: the controls that LQR wanted
-    mask: Tensor  # [B, K] bool, real tokens
-    completion_mask: Tensor  # [B, K] bool, the tokens to learn: completion and EOS
+    tokens: Annotated[Tensor, "B K"]  # int64, what the model reads: the controls as applied
+    labels: Annotated[Tensor, "B K"]  # int64, what it shall have said there: those LQR wanted
+    mask: Annotated[Tensor, "B K"]  # bool, real tokens
+    completion_mask: Annotated[Tensor, "B K"]  # bool, the tokens to learn: completion and EOS
 
     def __post_init__(self) -> None:
-        check_shapes(
-            tokens=(self.tokens, "B K"),
-            labels=(self.labels, "B K"),
-            mask=(self.mask, "B K"),
-            completion_mask=(self.completion_mask, "B K"),
-        )
+        check_record(self)
 
     def rows(self, chosen: Tensor) -> SFTBatch:
         return SFTBatch(*(getattr(self, item.name)[chosen] for item in fields(self)))
@@ -190,15 +183,10 @@ def _demonstration_rows(
 ) -> tuple[Tensor, Tensor]:
     completions = [encode_completion(task.tokenizer, plan, task.codec) for plan in plans]
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    return _pad(rows, pad_id(task.tokenizer), left=False)
+    return _pad(rows, pad_id(task.tokenizer), "right")
 
 
-def _pad(rows: list[list[int]], fill: int, left: bool) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), fill)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(0, len(row))
-        tokens[i, place] = torch.tensor(row)
-        mask[i, place] = True
-    return tokens, mask
+def _pad(rows: list[list[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    tokens = pad([torch.tensor(row) for row in rows], padding_value=fill)
+    return tokens, pad([torch.ones(len(row), dtype=torch.bool) for row in rows])

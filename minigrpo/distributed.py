@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 V = TypeVar("V")
 
@@ -42,12 +43,11 @@ def process_group(device: str) -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         yield torch.device(kind)
         return
-    place = (
-        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
-    )
+    place, backend = torch.device("cpu"), "gloo"
     if kind == "cuda":
+        place, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cuda:nccl,cpu:gloo"
         torch.cuda.set_device(place)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     yield place
     dist.destroy_process_group()  # not after an error: that could wait for lost ranks
 
@@ -165,12 +165,10 @@ def reduce_gradients(model: nn.Module) -> None:
     for parameter in parameters:
         if parameter.grad is None:  # a rank without rows still joins
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    start = 0
-    for parameter in parameters:
-        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
+    vector_to_parameters(flat, gradients)
 
 
 def gradient_norm(model: nn.Module) -> float:

@@ -24,6 +24,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, tally_of, tally_rewards
 from minigrpo.rollout import write_plans
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record
 from minigrpo.transformer import Transformer
 
 RESAMPLES = 2000
@@ -71,24 +72,16 @@ class CaseResults:
     """What one policy did from each of K starts."""
 
     rewards: Rewards  # components and total [K], progress reward, default weights
-    final_error: Tensor  # [K] |x_T|, m and m/s together
-    cost: Tensor  # [K]
+    final_error: Annotated[Tensor, "K"]  # |x_T|, m and m/s together
+    cost: Annotated[Tensor, "K"]
     num_texts: int  # written from each start: 1 open loop, T for mpc
-    num_invalid_texts: Tensor  # [K] int64
-    num_violations: Tensor  # [K] int64, states k = 1..T out of bounds
-    states: Tensor  # [K, T+1, 2] m, m/s
-    controls: Tensor  # [K, T] m/s^2, as applied
+    num_invalid_texts: Annotated[Tensor, "K"]  # int64
+    num_violations: Annotated[Tensor, "K"]  # int64, states k = 1..T out of bounds
+    states: Annotated[Tensor, "K T+1 2"]  # m, m/s
+    controls: Annotated[Tensor, "K T"]  # m/s^2, as applied
 
     def __post_init__(self) -> None:
-        check_shapes(
-            total=(self.rewards.total, "K"),
-            final_error=(self.final_error, "K"),
-            cost=(self.cost, "K"),
-            num_invalid_texts=(self.num_invalid_texts, "K"),
-            num_violations=(self.num_violations, "K"),
-            controls=(self.controls, "K T"),
-            states=(self.states, "K T+1 2"),
-        )
+        check_record(self, total=(self.rewards.total, "K"))
 
     @property
     def is_valid(self) -> Tensor:
@@ -395,13 +388,10 @@ def read_starts(path: Path, plant: DoubleIntegrator) -> Tensor:
     """
     try:
         rows = json.loads(path.read_text())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"initial_states must name a readable JSON file, got {path}: {error.strerror}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"initial_states: {path} must be a JSON list of [position, velocity], got {error}"
+            "initial_states must name a readable JSON file, a JSON list of [position, velocity], "
+            f"got {path}: {error}"
         ) from error
     if not isinstance(rows, list) or len(rows) < 2:
         got = f"{len(rows)} row(s)" if isinstance(rows, list) else type(rows).__name__

@@ -41,13 +41,11 @@ class GradientSignal:
     completions_needed: float  # inf without a positive |g|^2
 
 
-def rollout_gradient(
-    model: Transformer, rollout: Rollout, config: GRPOConfig, max_length: int
-) -> Tensor:
+def rollout_gradient(model: Transformer, rollout: Rollout, config: GRPOConfig) -> Tensor:
     """The gradient of a whole rollout of all ranks as one vector [D], float32, on the CPU."""
     model.zero_grad(set_to_none=True)
     rows = torch.arange(len(rollout.rewards))
-    accumulate_gradient(model, rollout, rows, config, max_length)
+    accumulate_gradient(model, rollout, rows, config)
     reduce_gradients(model)
     gradients = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)

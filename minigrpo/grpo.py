@@ -50,6 +50,16 @@ MAX_EXPONENT = 20.0
 
 
 @dataclass(frozen=True)
+class Objective:
+    """The settings of the loss, under the names of the flags."""
+
+    clip_eps_low: float
+    clip_eps_high: float
+    kl_beta: float
+    aggregation: Aggregation
+
+
+@dataclass(frozen=True)
 class LossMetrics:
     """Float64 scalars that add up over micro-batches, ranks and optimizer steps; detached."""
 
@@ -157,10 +167,7 @@ def grpo_loss(
     mask: Tensor,
     advantages: Tensor,
     denominator: Tensor,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    kl_beta: float,
-    aggregation: Aggregation,
+    objective: Objective,
     expected_values: Tensor | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """One micro-batch's share of the step's loss, to be added up; a scalar with a graph.
@@ -175,8 +182,9 @@ def grpo_loss(
     within the clip bounds, 0 in value; there `advantages` are of what came after the choice.
     """
     rows, width = mask.shape
-    names = ("logprobs", "old_logprobs", "ref_logprobs")
-    for name, tensor in zip(names, (logprobs, old_logprobs, ref_logprobs), strict=True):
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "expected_values")
+    tensors = (logprobs, old_logprobs, ref_logprobs, expected_values)
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None:
             _require_shape(name, tensor, M=rows, C=width)
     if advantages.ndim == 1:
@@ -185,18 +193,19 @@ def grpo_loss(
     else:
         _require_shape("advantages", advantages, M=rows, C=width)
 
+    low, high = objective.clip_eps_low, objective.clip_eps_high
     # `where` here, once, and not "times mask" later: 0 * NaN is NaN, in value and in gradient.
     advantages = torch.where(mask, advantages.to(logprobs.dtype), 0.0)  # [M, C]
     logprobs = torch.where(mask, logprobs, 0.0)
     old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, 0.0)
-    weights = token_weights(mask, aggregation, logprobs.dtype) / denominator.clamp(min=1.0)
+    weights = token_weights(mask, objective.aggregation, logprobs.dtype)
+    weights = weights / denominator.clamp(min=1.0)
 
     log_ratio = logprobs - old  # [M, C], 0 outside the mask
     ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-    per_token = policy_loss(ratio, advantages, clip_eps_low, clip_eps_high)
-    is_near = (ratio >= 1.0 - clip_eps_low) & (ratio <= 1.0 + clip_eps_high)  # [M, C]
+    per_token = policy_loss(ratio, advantages, low, high)
+    is_near = (ratio >= 1.0 - low) & (ratio <= 1.0 + high)  # [M, C]
     if expected_values is not None:
-        _require_shape("expected_values", expected_values, M=rows, C=width)
         expected = torch.where(mask & is_near, expected_values, 0.0)
         per_token = per_token - (expected - expected.detach())
     policy_part = (weights * per_token).sum()
@@ -204,10 +213,10 @@ def grpo_loss(
         kl, loss = torch.zeros_like(ratio), policy_part
     else:
         kl = reference_kl(logprobs, torch.where(mask, ref_logprobs, 0.0), ratio)
-        loss = policy_part + kl_beta * (weights * kl).sum()
+        loss = policy_part + objective.kl_beta * (weights * kl).sum()
 
     with torch.no_grad():
-        clip_low, clip_high = clip_binds(ratio, advantages, clip_eps_low, clip_eps_high)
+        clip_low, clip_high = clip_binds(ratio, advantages, low, high)
         metrics = LossMetrics(
             loss=loss.detach().double(),
             policy_loss=policy_part.detach().double(),

@@ -83,11 +83,10 @@ def add_adapters(
             parts = {name.rpartition(".")[2]: rows for name, rows in theirs.items()}
             if wanted.isdisjoint(parts):
                 continue
-            parent, _, name = path.rpartition(".")
             linear = block.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             layer = AdaptedLinear(linear, parts, wanted, rank, alpha / rank, generator)
-            setattr(block.get_submodule(parent), name, layer)
+            block.set_submodule(path, layer)
 
 
 def adapters(model: Transformer) -> dict[str, nn.Parameter]:

@@ -12,13 +12,7 @@ from statistics import fmean
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from minigrpo.distributed import (
-    cut_like,
-    gradient_norm,
-    reduce_gradients,
-    scale_gradient,
-    whole,
-)
+from minigrpo.distributed import cut_like, gradient_norm, reduce_gradients, scale_gradient, whole
 from minigrpo.transformer import Transformer
 
 
@@ -93,11 +87,7 @@ def smooth_gradients(model: Transformer, kernel: Tensor | None) -> None:
 
 
 def cosine_learning_rate(
-    step: int,
-    num_steps: int,
-    peak: float,
-    warmup_steps: int,
-    decay_steps: int = 0,
+    step: int, num_steps: int, peak: float, warmup_steps: int, decay_steps: int = 0
 ) -> float:
     """Rate of the update after `step` completed ones: linear warm-up, then half a cosine.
 

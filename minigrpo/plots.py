@@ -228,7 +228,6 @@ def _picture(
 ) -> Iterator[tuple[Figure, list[list[Axes]]]]:
     """A figure and its grid of axes, saved as PNG afterwards; no pyplot, so no global state."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
@@ -244,7 +243,6 @@ def _picture(
         }
     ):
         figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
         sharey: Literal["row", "none"] = "row" if share_rows else "none"
         axes = figure.subplots(rows, columns, squeeze=False, sharex="all", sharey=sharey)
         yield figure, axes.tolist()

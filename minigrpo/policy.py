@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from einops import rearrange, repeat
@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from minigrpo.shapes import check_shapes
 from minigrpo.transformer import SharedPrompts, Transformer, fused
 
+T = TypeVar("T", bound=tuple[Tensor | None, ...])
+ScoreTensors = tuple[Tensor, Tensor | None, Tensor | None]  # what `TokenScores` is made of
 # Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`); on a GPU, where
 # a chunk must be large to be worth its own pass over the head's weight, four times as many.
 CHUNK_ELEMENTS = 2**27
@@ -384,17 +386,16 @@ def completion_scores(
     """
     formula = fused(score_logits) if model.is_fused else score_logits
 
-    def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+    def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> ScoreTensors:
         if kept is None and basis is None and logits.is_cuda:
             scores = score_untruncated(logits, taken, has_entropy, model.is_fused)
         elif kept is None and basis is not None and not model.is_fused:
             scores = score_all(logits, taken, basis, has_entropy)
         else:
             scores = formula(logits, taken, kept, 1.0, basis, has_entropy)
-        found = (scores.logprobs, scores.mass, scores.entropy)
-        return tuple(column for column in found if column is not None)
+        return scores.logprobs, scores.entropy, scores.mass
 
-    def head(completions: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
+    def head(completions: Tensor, head_weight: Tensor) -> ScoreTensors:
         # Divided before the head, which is linear: E numbers of a token instead of V.
         scaled = tempered(completions, temperature)
         return in_chunks(score, scaled, head_weight, completion_tokens, support)
@@ -412,7 +413,7 @@ def completion_scores(
                 lambda hidden, weight: head(shared.last_of_prompts_and_rows(hidden), weight),
                 shared,
             )
-            return _scores(found, has_entropy)
+            return TokenScores(*found)
         group = num_rows // num_prompts
         prompt_tokens, prompt_mask = (
             repeat(x, "p l -> (p g) l", g=group) for x in (prompt_tokens, prompt_mask)
@@ -426,19 +427,13 @@ def completion_scores(
     if is_padded:
         tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
 
-    def output(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, ...]:
+    def output(hidden: Tensor, head_weight: Tensor) -> ScoreTensors:
         if not is_padded:
             return head(hidden[:, first:], head_weight)
         index = repeat(places[first:] - pads, "m c -> m c e", e=hidden.shape[2])
         return head(hidden.gather(1, index), head_weight)
 
-    return _scores(model(tokens, None, None, output), has_entropy)
-
-
-def _scores(found: tuple[Tensor, ...], has_entropy: bool) -> TokenScores:
-    logprobs, *others = found
-    entropy = others.pop() if has_entropy else None
-    return TokenScores(logprobs, entropy, *others)
+    return TokenScores(*model(tokens, None, None, output))
 
 
 def chunk_elements(is_on_cuda: bool) -> int:
@@ -446,11 +441,8 @@ def chunk_elements(is_on_cuda: bool) -> int:
 
 
 def in_chunks(
-    function: Callable[..., tuple[Tensor, ...]],
-    hidden: Tensor,
-    head_weight: Tensor,
-    *columns: Tensor | None,
-) -> tuple[Tensor, ...]:
+    function: Callable[..., T], hidden: Tensor, head_weight: Tensor, *columns: Tensor | None
+) -> T:
     """function(logits [M, c, V], *columns [M, c, ...]) -> tensors [M, c, ...], over all C.
 
     Beyond `chunk_elements` logits [M, C, V] never exist: c positions of hidden [M, C, E] at a time
@@ -460,7 +452,7 @@ def in_chunks(
     device = hidden.device.type
     is_mixed, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def piece(part: Tensor, weight: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+    def piece(part: Tensor, weight: Tensor, *parts: Tensor | None) -> T:
         # A rounded weight of its own for each chunk: gradients of one that they share would be
         # added up in bfloat16.
         with torch.autocast(device, dtype, enabled=is_mixed, cache_enabled=False):
@@ -481,4 +473,5 @@ def in_chunks(
         )
         for i in range(0, hidden.shape[1], step)
     ]
-    return tuple(torch.cat(column, dim=1) for column in zip(*pieces, strict=True))
+    columns_found = zip(*pieces, strict=True)
+    return cast(T, tuple(None if c[0] is None else torch.cat(c, dim=1) for c in columns_found))

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record, check_shapes
 
 NUMBER_LIMIT = 999  # three digits before the point
 
@@ -55,11 +55,11 @@ class Codec:
 class ParsedControls:
     """Controls read from N texts, on the CPU; an invalid row has zeros and stays in its group."""
 
-    controls: Tensor  # [N, T] float64, m/s^2, as written (not saturated)
-    is_valid: Tensor  # [N] bool
+    controls: Annotated[Tensor, "N T"]  # float64, m/s^2, as written (not saturated)
+    is_valid: Annotated[Tensor, "N"]  # bool
 
     def __post_init__(self) -> None:
-        check_shapes(controls=(self.controls, "N T"), is_valid=(self.is_valid, "N"))
+        check_record(self)
 
 
 def format_number(value: float, decimals: int) -> str:

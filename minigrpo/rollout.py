@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
+from typing import Annotated
 
 import torch
 from einops import rearrange, repeat
@@ -23,18 +23,13 @@ from minigrpo.counterfactual import ChoiceValues, Plans, choice_values, later_va
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
-from minigrpo.grpo import (
-    AdvantageStd,
-    advantage_scale,
-    constant_groups,
-    group_advantages,
-)
+from minigrpo.grpo import advantage_scale, constant_groups, group_advantages
 from minigrpo.lora import adapters_off
 from minigrpo.policy import ActingPolicy, completion_scores
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import RewardFunction, Rewards, tally_of
 from minigrpo.sampling import Completions, StopRule, sample_completions
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer
 
@@ -57,41 +52,36 @@ class Experience:
 class Rollout:
     """Token side of a rollout: all that an update reads. Rows are this rank's, whole groups."""
 
-    prompt_tokens: Tensor  # [N, L]
-    prompt_mask: Tensor  # [N, L]
-    completion_tokens: Tensor  # [N, C]
-    completion_mask: Tensor  # [N, C]
-    support: Tensor | None  # [N, C, S]
-    sampling_logprobs: Tensor  # [N, C] the decoder's own, for a metric, never for the loss
-    old_logprobs: Tensor | None  # [N, C]; None: the rollout feeds exactly one optimizer step
-    ref_logprobs: Tensor | None  # [N, C]; None: no KL term
-    rewards: Tensor  # [N] float64
+    prompt_tokens: Annotated[Tensor, "N L"]
+    prompt_mask: Annotated[Tensor, "N L"]
+    completion_tokens: Annotated[Tensor, "N C"]
+    completion_mask: Annotated[Tensor, "N C"]
+    support: Annotated[Tensor | None, "N C S"]
+    sampling_logprobs: Annotated[Tensor, "N C"]  # the decoder's own, a metric, never for the loss
+    old_logprobs: Annotated[Tensor | None, "N C"]  # None: it feeds exactly one optimizer step
+    ref_logprobs: Annotated[Tensor | None, "N C"]  # None: no KL term
+    rewards: Annotated[Tensor, "N"]  # float64
     advantages: Tensor  # [N] float64; [N, C] with `choices`, then of what came after each token
     prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
+    max_length: int  # tokens of the longest completion allowed
     choices: ChoiceValues | None = None  # of every token there was, reward points
-    choice_unit: Tensor | None = None  # [N] float32, advantages of one point
-    mean_offsets: Tensor | None = None  # [N, C] mean control when it was sampled, less the drawn
+    choice_unit: Annotated[Tensor | None, "N"] = None  # float32, advantages of one point
+    # Mean control when it was sampled, less the drawn one.
+    mean_offsets: Annotated[Tensor | None, "N C"] = None
 
     def __post_init__(self) -> None:
-        check_shapes(
-            prompt_tokens=(self.prompt_tokens, "N L"),
-            prompt_mask=(self.prompt_mask, "N L"),
-            completion_tokens=(self.completion_tokens, "N C"),
-            completion_mask=(self.completion_mask, "N C"),
-            support=(self.support, "N C S"),
-            sampling_logprobs=(self.sampling_logprobs, "N C"),
-            old_logprobs=(self.old_logprobs, "N C"),
-            ref_logprobs=(self.ref_logprobs, "N C"),
-            rewards=(self.rewards, "N"),
-            advantages=(self.advantages, "N" if self.advantages.ndim == 1 else "N C"),
+        check_record(
+            self,
+            advantages=(self.advantages, "N" if self.choices is None else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
             values=(None if self.choices is None else self.choices.values, "N C K"),
-            choice_unit=(self.choice_unit, "N"),
-            mean_offsets=(self.mean_offsets, "N C"),
         )
-        if (self.choices is None) != (self.advantages.ndim == 1):
-            raise ValueError("advantages must have shape [N, C] with choices, and [N] without")
+
+
+def rows_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Some rows of what a rollout may lack."""
+    return None if tensor is None else tensor[rows]
 
 
 def write_plans(
@@ -166,7 +156,7 @@ def score_rows(
     `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
     ratio that is not 1 on the first optimizer step.
     """
-    support, parts = completions.support, []
+    parts = []
     for rows in micro_batches:
         if not len(rows):
             continue
@@ -176,7 +166,7 @@ def score_rows(
             prompt_tokens[rows[::num_alike]],
             prompt_mask[rows[::num_alike]],
             tokens,
-            None if support is None else support[rows],
+            rows_of(completions.support, rows),
             temperature,
             None if choices is None else choices.basis,
             has_entropy=False,
@@ -269,6 +259,7 @@ def make_rollout(
         advantages=advantages,
         prompt_places=prompt_places,
         group_size=config.group_size,
+        max_length=task.max_completion_length,
         choices=choices,
         choice_unit=unit,
         mean_offsets=None if scores is None else scores.mean_offsets,
@@ -289,21 +280,16 @@ def credited(
     rewards [N], tokens and expected [N, C]; the rewards of all ranks count for the unit.
     """
     everybodys = torch.cat([rows[0] for rows in gather_rows([rewards])])
-    std = cast(AdvantageStd, config.advantage_std)
     if choices is None or expected is None:
-        return group_advantages(rewards, config.group_size, std, everybodys), None
-    scale = advantage_scale(rewards, config.group_size, std, everybodys)
+        return group_advantages(rewards, config.group_size, config.advantage_std, everybodys), None
+    scale = advantage_scale(rewards, config.group_size, config.advantage_std, everybodys)
     unit = repeat(scale, "p -> (p g)", g=config.group_size).to(tokens.device)
     later = later_values(choices, tokens, expected, config.credit_lambda)
     return rearrange(unit, "n -> n 1") * later, unit.float()
 
 
 def choices_of(
-    experience: Experience,
-    vocab_size: int,
-    task: Task,
-    config: GRPOConfig,
-    reward: RewardFunction,
+    experience: Experience, vocab_size: int, task: Task, config: GRPOConfig, reward: RewardFunction
 ) -> ChoiceValues:
     """`counterfactual.choice_values` of an experience, on the model's device."""
     tokens = experience.completions.tokens
@@ -338,40 +324,26 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
     """Health of a rollout over all ranks: sums and counts first, one division at the end."""
     done, parsed = experience.completions, experience.parsed
     groups = rearrange(rollout.rewards, "(p g) -> p g", g=rollout.group_size)
-    per_row = {
+    advantages = rollout.advantages
+    if advantages.ndim == 1:
+        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
+    measured = {  # of each row, group or token
         **{f"reward/{name}": value for name, value in experience.rewards.components.items()},
         "reward/total": rollout.rewards,
         "rollout/final_error": experience.trajectories.states[:, -1].norm(dim=1),
         "rollout/frac_valid": parsed.is_valid,
         "rollout/frac_truncated": ~done.ended,
         "rollout/completion_length": done.mask.sum(dim=1),
-    }
-    per_group = {
         "rollout/frac_zero_std_groups": constant_groups(rollout.rewards, rollout.group_size),
         "rollout/group_reward_std": groups.std(dim=1),
+        "rollout/abs_advantage": advantages.to(done.mask.device).abs()[done.mask],
+        "rollout/support_mass": done.kept_mass[done.mask],
+        "rollout/frac_capped_support": done.is_capped[done.mask],
     }
-    advantages = rollout.advantages
-    if advantages.ndim == 1:
-        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
-    per_token = {
-        "rollout/abs_advantage": advantages.to(done.mask.device).abs(),
-        "rollout/support_mass": done.kept_mass,
-        "rollout/frac_capped_support": done.is_capped,
-    }
-    sums = [value.cpu().double().sum() for value in (*per_row.values(), *per_group.values())]
-    sums += [value[done.mask].cpu().double().sum() for value in per_token.values()]
-    counts = torch.tensor(
-        [len(rollout.rewards), len(groups), int(done.mask.sum())], dtype=torch.float64
-    )
-    added = sum_over_ranks(torch.cat([torch.stack(sums), counts])).tolist()
-    rows, num_groups, tokens = added[-3:]
-    divisors = [rows] * len(per_row) + [num_groups] * len(per_group) + [tokens] * len(per_token)
-    names = [*per_row, *per_group, *per_token]
-    # strict=False: the three counts follow the sums
-    metrics = {
-        name: value / divisor for name, value, divisor in zip(names, added, divisors, strict=False)
-    }
-    return metrics | {"rollout/num_tokens": tokens}
+    sums = [(float(values.cpu().double().sum()), len(values)) for values in measured.values()]
+    totals, counts = sum_over_ranks(torch.tensor(sums, dtype=torch.float64)).unbind(dim=1)
+    means = dict(zip(measured, (totals / counts).tolist(), strict=True))
+    return means | {"rollout/num_tokens": float(counts[-1])}  # the last of them are of tokens
 
 
 def sample_records(

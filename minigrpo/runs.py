@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -225,7 +225,7 @@ class RunFolder:
     def __init__(self, folder: Path, tensorboard: bool):
         self.folder = folder
         self._tensorboard = tensorboard
-        self._close: list[Callable[[], None]] = []
+        self._open = ExitStack()  # what is to be closed
         self._scalar: Callable[[str, float, int], None] | None = None
         self._bar: tqdm[None] | None = None
         self._num_steps = 0
@@ -260,13 +260,13 @@ class RunFolder:
         on_rank_zero(cut)
         if rank() == 0:
             self._bar = tqdm(total=num_steps, initial=max(step, 0), unit="step", disable=None)
-            self._close.append(self._bar.close)
+            self._open.callback(self._bar.close)
             if self._tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # the extra is optional
 
                 writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-                self._scalar, close = writer.add_scalar, writer.close
-                self._close.append(close)
+                self._scalar = writer.add_scalar
+                self._open.callback(writer.close)
 
     def history(self) -> list[dict[str, float]]:
         """The metrics of the steps that a resumed run has done: what its schedules look back on.
@@ -314,8 +314,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Close what is open and give the lock back."""
-        while self._close:
-            self._close.pop()()
+        self._open.close()
         if rank() == 0:
             (self.folder / "LOCK").unlink(missing_ok=True)
 
@@ -397,19 +396,18 @@ class StopSignal:
         self._file = Path(named) if named else folder / "STOP"
         self._deadline = time.monotonic() + 60 * minutes if minutes > 0 else math.inf
         self._is_signalled = False
-        self._restore: list[Callable[[], object]] = []
+        self._restore = ExitStack()  # the handlers that were there before
         if rank() == 0 and not named:
             self._file.unlink(missing_ok=True)
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             previous = signal.signal(number, self._on_signal)
-            self._restore.append(partial(signal.signal, number, previous))
+            self._restore.callback(signal.signal, number, previous)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        while self._restore:
-            self._restore.pop()()
+        self._restore.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._is_signalled = True

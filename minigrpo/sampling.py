@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Annotated
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from minigrpo.policy import LARGE_VOCABULARY, ActingPolicy, draw, draw_untruncated, nucleus
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record, check_shapes
 from minigrpo.transformer import KVCache, Transformer, last_logits
 
 
@@ -28,24 +29,16 @@ from minigrpo.transformer import KVCache, Transformer, last_logits
 class Completions:
     """What was sampled, N = P * G rows, group-major: row p * G + g."""
 
-    tokens: Tensor  # [N, C] int64, right-padded
-    mask: Tensor  # [N, C] bool, True up to and including EOS
-    support: Tensor | None  # [N, C, S] int32, -1 is filler; None: the whole vocabulary
-    sampling_logprobs: Tensor  # [N, C] the decoder's own log q, a metric only
-    ended: Tensor  # [N] bool, EOS was sampled
-    kept_mass: Tensor  # [N, C] mass of p on the support
-    is_capped: Tensor  # [N, C] bool, support_size cut the nucleus
+    tokens: Annotated[Tensor, "N C"]  # int64, right-padded
+    mask: Annotated[Tensor, "N C"]  # bool, True up to and including EOS
+    support: Annotated[Tensor | None, "N C S"]  # int32, -1 is filler; None: the whole vocabulary
+    sampling_logprobs: Annotated[Tensor, "N C"]  # the decoder's own log q, a metric only
+    ended: Annotated[Tensor, "N"]  # bool, EOS was sampled
+    kept_mass: Annotated[Tensor, "N C"]  # mass of p on the support
+    is_capped: Annotated[Tensor, "N C"]  # bool, support_size cut the nucleus
 
     def __post_init__(self) -> None:
-        check_shapes(
-            tokens=(self.tokens, "N C"),
-            mask=(self.mask, "N C"),
-            sampling_logprobs=(self.sampling_logprobs, "N C"),
-            ended=(self.ended, "N"),
-            kept_mass=(self.kept_mass, "N C"),
-            is_capped=(self.is_capped, "N C"),
-            support=(self.support, "N C S"),
-        )
+        check_record(self)
 
 
 @dataclass(frozen=True)

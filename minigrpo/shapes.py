@@ -1,4 +1,11 @@
-"""Shape comments that run: `check_shapes` binds dimension letters to sizes, or raises."""
+"""Shape comments that run: dimension letters are bound to sizes, or a ValueError says what misfits.
+
+Of a record they are in its annotations, tokens: Annotated[Tensor, "N C"], and `check_record` reads
+them there.
+"""
+
+from functools import cache
+from typing import Annotated, get_origin, get_type_hints
 
 import torch
 
@@ -27,3 +34,15 @@ def check_shapes(**tensors: tuple[torch.Tensor | None, str]) -> dict[str, int]:
             wanted = f"[{', '.join(dimensions)}]" + (f" with {', '.join(known)}" if known else "")
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
     return sizes
+
+
+def check_record(record: object, **more: tuple[torch.Tensor | None, str]) -> None:
+    """`check_shapes` of a dataclass's annotated fields and, after these, of more tensors."""
+    shapes = _annotated_shapes(type(record))  # type: ignore[arg-type]  # classes are hashable
+    check_shapes(**{name: (getattr(record, name), shapes[name]) for name in shapes}, **more)
+
+
+@cache
+def _annotated_shapes(kind: type[object]) -> dict[str, str]:
+    hints = get_type_hints(kind, include_extras=True).items()
+    return {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}

@@ -151,7 +151,7 @@ def number_kernel(values: Tensor, width: float) -> Tensor:
 
 
 def gradient_kernel(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, width: float
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, width: float, device: torch.device
 ) -> Tensor | None:
     """S = D^-1/2 K D^-1/2 in float32, [V, V]; K = `number_kernel`, D its row sums; None: width 0.
 
@@ -162,7 +162,7 @@ def gradient_kernel(
         return None
     kernel = number_kernel(token_values(tokenizer, vocab_size), width)
     scale = kernel.sum(dim=1).rsqrt()
-    return (rearrange(scale, "v -> v 1") * kernel * scale).float()
+    return (rearrange(scale, "v -> v 1") * kernel * scale).float().to(device)
 
 
 def number_features(values: Tensor, width: int) -> Tensor:

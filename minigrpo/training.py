@@ -1,16 +1,20 @@
 """What both trainers do around their steps: begin or resume, evaluate, publish, log, save, stop.
 
-training = Training(...)            published start, or the state of the newest checkpoint
-for step in training.steps():
-    metrics = ...                   the trainer's own work, the only thing that differs
-    training.end_step(metrics)
-training.finish()
+given, saved = given_and_saved(...)     the flags, and what they resume
+with opened(config, device) as (run, stop):
+    training = Training(...)            published start, or the state of the newest checkpoint
+    for step in training.steps():
+        metrics = ...                   the trainer's own work, the only thing that differs
+        training.end_step(metrics)
+    training.finish()
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
@@ -25,15 +29,51 @@ from minigrpo.checkpoint import (
     publish_model,
     published,
     save_checkpoint,
+    saved_config,
 )
-from minigrpo.config import GRPOConfig, SFTConfig
+from minigrpo.config import GRPOConfig, SFTConfig, Value, check_saved, parse_flags
 from minigrpo.data import Task, split_starts
-from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, world_size
+from minigrpo.distributed import (
+    any_rank,
+    check_equal_weights,
+    gathered,
+    rank,
+    world_size,
+)
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lora import adapters
 from minigrpo.optim import has_converged
-from minigrpo.runs import RunFolder, StopSignal
+from minigrpo.runs import RunFolder, StopSignal, open_run, set_matmul_precision
 from minigrpo.transformer import Transformer
+
+
+def given_and_saved(
+    kind: type[SFTConfig] | type[GRPOConfig], arguments: Sequence[str] | None
+) -> tuple[dict[str, Value], dict[str, Value]]:
+    """The flags that were given and, with --resume, the settings of the run in save_dir, if any."""
+    given = parse_flags(kind, arguments)
+    save_dir = Path(str(given.get("save_dir", kind.save_dir)))
+    saved = saved_config(save_dir) if given.get("resume") else None
+    if saved is not None:
+        check_saved(kind, saved)
+    return given, saved or {}
+
+
+@contextmanager
+def opened(
+    config: SFTConfig | GRPOConfig, device: torch.device
+) -> Iterator[tuple[RunFolder, StopSignal]]:
+    """The run's folder, and what may ask it to stop.
+
+    What may refuse a run comes before: --overwrite deletes the one that is there.
+    """
+    folder = Path(config.save_dir)
+    with (
+        open_run(folder, config.overwrite, config.resume, config.tensorboard) as run,
+        StopSignal(folder, config.stop_after_minutes) as stop,
+    ):
+        set_matmul_precision(config.matmul_precision, device)
+        yield run, stop
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,18 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+}
+# What a shape is called here and in a config.json.
+JSON_NAMES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tied_head": "tie_word_embeddings",
 }
 # Keys of a config.json that say nothing about the forward, or only how transformers runs it.
 INERT_KEYS = {
@@ -127,27 +139,17 @@ class TransformerConfig:
         left = {key: value for key, value in values.items() if key not in INERT_KEYS}
         model_type = _check_model_type(str(left.pop("model_type", "missing")))
         needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-        missing = set(needed.split()) - set(left)
-        if missing:
+        if missing := set(needed.split()) - set(left):
             raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
-        width = _typed(int, left.pop("hidden_size"))
-        heads = _typed(int, left.pop("num_attention_heads"))
-        head_size = left.pop("head_dim", 128 if model_type == "qwen3" else None)  # transformers'
+        left = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | left  # transformers' defaults
+        width, heads = (_typed(int, left[key]) for key in ("hidden_size", "num_attention_heads"))
+        head_size = left.get("head_dim", 128 if model_type == "qwen3" else None)
+        left["head_dim"] = head_size or width // max(1, heads)
+        left["num_key_value_heads"] = left.get("num_key_value_heads") or heads
         theta, stretch = _pop_rope(left)
-        config = cls(
-            model_type=model_type,
-            vocab_size=_typed(int, left.pop("vocab_size")),
-            width=width,
-            mlp_width=_typed(int, left.pop("intermediate_size")),
-            num_layers=_typed(int, left.pop("num_hidden_layers")),
-            num_heads=heads,
-            num_kv_heads=_typed(int, left.pop("num_key_value_heads", None) or heads),
-            head_size=_typed(int, head_size or width // max(1, heads)),
-            rope_theta=theta,
-            rope_stretch=stretch,
-            norm_eps=_typed(float, left.pop("rms_norm_eps", 1e-6)),
-            tied_head=_typed(bool, left.pop("tie_word_embeddings", False)),
-        )
+        kinds = get_type_hints(cls)
+        sizes = {ours: _typed(kinds[ours], left.pop(key)) for ours, key in JSON_NAMES.items()}
+        config = cls(model_type, rope_theta=theta, rope_stretch=stretch, **sizes)
         fixed = FIXED_KEYS | {"layer_types": ["full_attention"] * config.num_layers}
         left.pop("sliding_window", None)  # read only if use_sliding_window, an error below
         if config.qkv_bias:
@@ -167,16 +169,8 @@ class TransformerConfig:
         return {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "intermediate_size": self.mlp_width,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_size,
+            **{key: getattr(self, ours) for ours, key in JSON_NAMES.items()},
             "rope_parameters": rope,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied_head,
             "hidden_act": "silu",
             "max_position_embeddings": 32_768,
             "dtype": "float32",

@@ -19,8 +19,8 @@ from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.distributed import backward, gather_rows, max_over_ranks, sum_over_ranks
 from minigrpo.grpo import (
-    Aggregation,
     LossMetrics,
+    Objective,
     grpo_loss,
     loss_denominator,
     loss_report,
@@ -28,7 +28,7 @@ from minigrpo.grpo import (
 )
 from minigrpo.optim import apply_gradient, set_learning_rate
 from minigrpo.policy import completion_scores
-from minigrpo.rollout import Rollout, minibatches, rows_per_prompt
+from minigrpo.rollout import Rollout, minibatches, rows_of, rows_per_prompt
 from minigrpo.transformer import Transformer
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -41,7 +41,6 @@ def update_policy(
     config: GRPOConfig,
     step: int,
     learning_rate: float,
-    max_length: int,
     kernel: Tensor | None = None,
     simulate: Callable[[Plans, int], ChoiceValues] | None = None,
 ) -> tuple[dict[str, float], list[bool]]:
@@ -62,7 +61,7 @@ def update_policy(
         optimizer.zero_grad(set_to_none=True)
         # The first step is at the weights that sampled, where nothing has moved yet.
         metrics, entropy, gap = accumulate_gradient(
-            model, rollout, rows, config, max_length, simulate if parts else None
+            model, rollout, rows, config, simulate if parts else None
         )
         parts.append(metrics)
         entropies.append(entropy)
@@ -114,7 +113,6 @@ def accumulate_gradient(
     rollout: Rollout,
     rows: Tensor,
     config: GRPOConfig,
-    max_length: int,
     simulate: Callable[[Plans, int], ChoiceValues] | None = None,
 ) -> tuple[LossMetrics, Tensor, Tensor]:
     """Backward over the micro-batches of one optimizer step.
@@ -126,9 +124,11 @@ def accumulate_gradient(
     """
     device = rollout.completion_tokens.device
     rows = rows.to(device)
-    aggregation = cast(Aggregation, config.aggregation)
-    counted = loss_denominator(rollout.completion_mask[rows], aggregation, max_length)
-    denominator = sum_over_ranks(counted)
+    mask = rollout.completion_mask[rows]
+    denominator = sum_over_ranks(loss_denominator(mask, config.aggregation, rollout.max_length))
+    objective = Objective(
+        config.clip_eps_low, config.clip_eps_high, config.kl_beta, config.aggregation
+    )
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     gap = torch.zeros((), device=device)
@@ -140,39 +140,33 @@ def accumulate_gradient(
         chosen = chosen if is_real else nobody
         mask = rollout.completion_mask[chosen] & is_real
         prompts = chosen[:: rows_per_prompt(config)]
+        old = rows_of(rollout.old_logprobs, chosen)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             scores = completion_scores(
                 model,
                 rollout.prompt_tokens[prompts],
                 rollout.prompt_mask[prompts],
                 rollout.completion_tokens[chosen],
-                None if rollout.support is None else rollout.support[chosen],
+                rows_of(rollout.support, chosen),
                 config.temperature,
                 None if choices is None else choices.basis,
             )
         expected = expected_values(rollout, chosen, scores.mass, simulate)
         loss, metrics = grpo_loss(
             scores.logprobs,
-            None if rollout.old_logprobs is None else rollout.old_logprobs[chosen],
-            None if rollout.ref_logprobs is None else rollout.ref_logprobs[chosen],
+            old,
+            rows_of(rollout.ref_logprobs, chosen),
             mask,
             rollout.advantages.to(device)[chosen],
             denominator,
-            config.clip_eps_low,
-            config.clip_eps_high,
-            config.kl_beta,
-            aggregation,
+            objective,
             expected,
         )
         backward(model, loss)
         parts.append(metrics)
         entropy += cast(Tensor, scores.entropy)[mask].sum()
         # None: this is the only optimizer step, and the log-probs of now are the old ones.
-        old = (
-            scores.logprobs.detach()
-            if rollout.old_logprobs is None
-            else rollout.old_logprobs[chosen]
-        )
+        old = scores.logprobs.detach() if old is None else old
         difference = torch.where(mask, old - rollout.sampling_logprobs[chosen], 0.0)
         gap = torch.maximum(gap, difference.abs().amax())
     return merge_metrics(parts), entropy, gap

@@ -6,11 +6,13 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import train_grpo
 import train_sft
+from minigrpo import training
 from minigrpo.config import (
     OF_ONE_PROCESS,
     PRESETS,
@@ -33,7 +35,7 @@ KINDS = [SFTConfig, GRPOConfig, EvalConfig]
 def limits_of(kind: type[Settings], name: str) -> dict[str, object]:
     limits = kind.__dataclass_fields__[name].metadata["limits"]
     assert isinstance(limits, dict)
-    return limits
+    return limits | {"choices": get_args(get_type_hints(kind)[name])}
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_a_run_saved_by_another_version_is_refused() -> None:
 @pytest.mark.parametrize("trainer, kind", [(train_grpo, GRPOConfig), (train_sft, SFTConfig)])
 def test_both_trainers_refuse_to_resume_it(trainer, kind, monkeypatch, tmp_path) -> None:
     saved = dataclasses.asdict(kind()) | {"control_variate": "none"}
-    monkeypatch.setattr(trainer, "saved_config", lambda folder: saved)
+    monkeypatch.setattr(training, "saved_config", lambda folder: saved)
     with pytest.raises(ValueError, match="the saved run must have the settings of this version"):
         trainer.main(["--save-dir", str(tmp_path / "run"), "--resume"])
 
@@ -367,7 +369,7 @@ def test_the_source_of_the_preset_is_where_it_came_from(
     if saved is not None:
         name = str(saved.get("preset", "tiny"))
         saved = vars(resolve(SFTConfig, saved, name).config)
-    monkeypatch.setattr(train_sft, "saved_config", lambda folder: saved)
+    monkeypatch.setattr(training, "saved_config", lambda folder: saved)
     resolved = train_sft.settings(flags.split())
     assert (resolved.config.preset, resolved.sources["preset"]) == (preset, source)
     assert resolved.config.learning_rate == (4e-3 if preset == "tiny" else 2e-5)

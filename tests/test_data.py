@@ -160,11 +160,11 @@ def test_prompts_are_left_padded_with_their_start_beside_them():
 
 def test_padding_is_on_the_left_for_prompts_and_on_the_right_for_demonstrations():
     rows = [[5, 6, 7], [8], [2, 2]]  # 2 is the pad, as EOS is where a tokenizer has no pad
-    for left, tokens, mask in (
-        (True, [[5, 6, 7], [2, 2, 8], [2, 2, 2]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]]),
-        (False, [[5, 6, 7], [8, 2, 2], [2, 2, 2]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
+    for side, tokens, mask in (
+        ("left", [[5, 6, 7], [2, 2, 8], [2, 2, 2]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]]),
+        ("right", [[5, 6, 7], [8, 2, 2], [2, 2, 2]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
     ):
-        padded = data._pad(rows, 2, left)
+        padded = data._pad(rows, 2, side)
         assert padded[0].tolist() == tokens
         assert padded[1].int().tolist() == mask
 

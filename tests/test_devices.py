@@ -109,8 +109,8 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
             if isinstance(value, Tensor) and name not in host:
                 assert value.device == device, name
         updated, _ = update_policy(
-            model, torch.optim.SGD(trained, 0.0), rollout, config, 0, 0.1,
-            task.max_completion_length, None, choice_simulator(shape.vocab_size, task, reward),
+            model, torch.optim.SGD(trained, 0.0), rollout, config, 0, 0.1, None,
+            choice_simulator(shape.vocab_size, task, reward),
         )  # fmt: skip
         found = rollout_metrics(rollout, experience) | updated
         return found | validation_metrics(model, starts.validation[:3], task, 0)

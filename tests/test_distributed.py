@@ -168,6 +168,7 @@ def make_rollout(places: Tensor) -> Rollout:
         advantages=torch.randn(shape[0], generator=generator).double()[rows],
         prompt_places=places,
         group_size=GROUP,
+        max_length=LENGTH,
     )
 
 
@@ -192,16 +193,12 @@ def grpo_gradients(
                 seen.append(torch.cat(parts))
 
             frozen.register_step_pre_hook(record)
-            update_policy(
-                model, frozen, rollout, replace(config, max_grad_norm=1e9), 0, 0.0, LENGTH
-            )
+            update_policy(model, frozen, rollout, replace(config, max_grad_norm=1e9), 0, 0.0)
             found[f"gradients {i}"] = torch.stack(seen)
             optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
             kernel = smoothing_matrix(torch.arange(VOCAB).double(), 0.7)
             for step in range(2):
-                report, _ = update_policy(
-                    model, optimizer, rollout, config, step, 1e-2, LENGTH, kernel
-                )
+                report, _ = update_policy(model, optimizer, rollout, config, step, 1e-2, kernel)
                 found[f"metrics {i} {step}"] = torch.tensor([*report.values()]).double()
             weights = [whole(parameter.detach()).flatten() for parameter in model.parameters()]
             found[f"weights {i}"] = torch.cat(weights)

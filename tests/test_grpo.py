@@ -21,6 +21,7 @@ from minigrpo.grpo import (
     AdvantageStd,
     Aggregation,
     LossMetrics,
+    Objective,
     advantage_scale,
     clip_binds,
     constant_groups,
@@ -94,8 +95,8 @@ def loss_of(
         denominator = loss_denominator(batch.mask, aggregation, max_length)
     leaf = batch.logprobs.clone().requires_grad_()
     loss, metrics = grpo_loss(
-        leaf, batch.old, batch.ref, batch.mask, batch.advantages, denominator, *clip, kl_beta,
-        aggregation,
+        leaf, batch.old, batch.ref, batch.mask, batch.advantages, denominator,
+        Objective(*clip, kl_beta, aggregation),
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient, metrics
@@ -353,7 +354,8 @@ def expected_update(logits: Tensor, rewards: Tensor, group_size: int, advantages
     column = log_p.reshape(-1, 1)
     denominator = torch.tensor(float(group_size))
     mask = torch.ones_like(column, dtype=torch.bool)
-    loss, _ = grpo_loss(column, None, None, mask, weighted, denominator, 0.2, 0.2, 0.0, "dapo")
+    objective = Objective(0.2, 0.2, 0.0, "dapo")
+    loss, _ = grpo_loss(column, None, None, mask, weighted, denominator, objective)
     (gradient,) = torch.autograd.grad(-loss, leaf)
     return gradient
 
@@ -444,9 +446,8 @@ def test_the_first_update_is_reinforce(aggregation: Aggregation) -> None:
 
     denominator = loss_denominator(mask, aggregation, 13)
     for old in None, log_p.detach():
-        loss, metrics = grpo_loss(
-            log_p, old, None, mask, a, denominator, 0.2, 0.2, 0.0, aggregation
-        )
+        objective = Objective(0.2, 0.2, 0.0, aggregation)
+        loss, metrics = grpo_loss(log_p, old, None, mask, a, denominator, objective)
         found = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
         assert max(g.abs().max() for g in found) > 0.01  # whatever the loss
@@ -680,7 +681,7 @@ def penalty_in_the_loss(log_p: Tensor, log_ref: Tensor, log_old: Tensor) -> Tens
         mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(())
         loss, _ = grpo_loss(
             now.view(1, 1), old.detach().view(1, 1), ref.view(1, 1), mask, torch.zeros(1), one,
-            0.2, 0.2, 1.0, "dapo",
+            Objective(0.2, 0.2, 1.0, "dapo"),
         )  # fmt: skip
         terms.append(loss)
     return torch.stack(terms)
@@ -974,7 +975,8 @@ def test_expected_values_have_a_gradient_within_the_clip_bounds_and_no_value(
     logprobs, old, ref = logprobs_of(batch)
     expected = torch.where(batch.mask, 3 * random(7, 11, seed=9), math.nan).requires_grad_()
     denominator = loss_denominator(batch.mask, aggregation, 13)
-    rest = (old, ref, batch.mask, batch.advantages, denominator, 0.2, 0.3, 0.1, aggregation)
+    objective = Objective(0.2, 0.3, 0.1, aggregation)
+    rest = (old, ref, batch.mask, batch.advantages, denominator, objective)
     plain, _ = grpo_loss(logprobs, *rest)
     loss, metrics = grpo_loss(logprobs, *rest, expected)
     assert loss.item() == pytest.approx(plain.item(), abs=ROUNDING)

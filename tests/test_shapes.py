@@ -1,9 +1,12 @@
 """check_shapes: bindings by hand, and messages with expectation and got."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import pytest
 import torch
 
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record, check_shapes
 
 
 def test_letters_bind_to_sizes_across_tensors():
@@ -49,3 +52,22 @@ def test_a_misfit_in_a_single_tensor_raises(size, shape):
 def test_bindings_of_one_call_do_not_reach_the_next():
     assert check_shapes(x=(torch.zeros(3), "N")) == {"N": 3}
     assert check_shapes(x=(torch.zeros(5), "N")) == {"N": 5}
+
+
+@dataclass(frozen=True)
+class Flight:
+    states: Annotated[torch.Tensor, "N T+1 2"]
+    controls: Annotated[torch.Tensor | None, "N T"]
+    seconds: float = 0.1
+
+    def __post_init__(self):
+        check_record(self, costs=(torch.zeros(3), "N"))
+
+
+def test_a_record_has_its_shapes_in_its_annotations():
+    Flight(torch.zeros(3, 8, 2), torch.zeros(3, 7))
+    Flight(torch.zeros(3, 8, 2), None)
+    with pytest.raises(ValueError, match=r"^controls must have shape \[N, T\] with N=3, T=7, got"):
+        Flight(torch.zeros(3, 8, 2), torch.zeros(3, 8))
+    with pytest.raises(ValueError, match=r"^costs must have shape \[N\] with N=4, got \(3,\)$"):
+        Flight(torch.zeros(4, 8, 2), torch.zeros(4, 7))

@@ -28,6 +28,7 @@ from minigrpo.transformer import Transformer, TransformerConfig, save_transforme
 
 PLANT, NUMBERS, WORDS = DoubleIntegrator(), Codec(), Codec("words", 3)
 NUMBER_TOKENIZER = number_tokenizer(PLANT, NUMBERS)
+CPU = torch.device("cpu")
 STARTS = torch.tensor([[0.5, -0.3], [0.0, 0.0], [-0.8, 0.8], [0.07, -0.01]], dtype=torch.float64)
 CHAT_ML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -311,7 +312,7 @@ def test_token_values_are_the_numbers_and_nothing_else():
 @pytest.mark.parametrize("width", [0.01, 0.1, 2.0])
 def test_the_gradient_kernel_is_a_slow_loops_and_never_uphill(width: float) -> None:
     size = len(NUMBER_TOKENIZER) + 2  # a model may have more rows than there are tokens
-    got = gradient_kernel(NUMBER_TOKENIZER, size, width)
+    got = gradient_kernel(NUMBER_TOKENIZER, size, width, CPU)
     assert got is not None and got.dtype == torch.float32
     values = token_values(NUMBER_TOKENIZER, size).tolist()
     numbers = [i for i, value in enumerate(values) if not math.isnan(value)]
@@ -330,7 +331,7 @@ def test_the_gradient_kernel_is_a_slow_loops_and_never_uphill(width: float) -> N
     assert torch.equal(got, got.T)
     eigenvalues = torch.linalg.eigvalsh(got.double())
     assert eigenvalues.min() > -1e-6 and abs(eigenvalues.max() - 1) < 1e-6
-    assert gradient_kernel(NUMBER_TOKENIZER, size, 0.0) is None
+    assert gradient_kernel(NUMBER_TOKENIZER, size, 0.0, CPU) is None
 
 
 def test_number_features_have_frequencies_from_0_3_to_20():

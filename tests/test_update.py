@@ -72,7 +72,7 @@ def a_rollout(
         "advantages": group_advantages(rewards, GROUP, "group"),
         "prompt_places": torch.arange(PROMPTS),
     }
-    return Rollout(**parts | changes, group_size=GROUP, choices=choices)
+    return Rollout(**parts | changes, group_size=GROUP, max_length=ALLOWED, choices=choices)
 
 
 def some_plans() -> Plans:
@@ -117,7 +117,7 @@ def weights_of(model: Transformer) -> Tensor:
 def gradient_by(rollout: Rollout, config: GRPOConfig, rows: Tensor | None = None) -> Tensor:
     model = a_model().double()
     chosen = torch.arange(len(rollout.rewards)) if rows is None else rows
-    accumulate_gradient(model, rollout, chosen, config, ALLOWED)
+    accumulate_gradient(model, rollout, chosen, config)
     return gradient_of(model)
 
 
@@ -207,7 +207,7 @@ def test_the_tables_step_along_smoothed_gradients() -> None:
         model = a_model().double()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         descent = torch.optim.SGD(model.parameters())
-        report, _ = update_policy(model, descent, a_rollout(), config, 0, 0.1, ALLOWED, used)
+        report, _ = update_policy(model, descent, a_rollout(), config, 0, 0.1, used)
         found.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
         found[-1]["norm"] = torch.tensor(report["update/grad_norm"])  # before the smoothing
     for name, plain in found[0].items():
@@ -261,7 +261,7 @@ def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
     gradients: list[Tensor] = []
     descent = torch.optim.SGD(model.parameters())
     descent.register_step_pre_hook(lambda *_: gradients.append(gradient_of(model).clone()))
-    update_policy(model, descent, rollout, config, 0, 0.0, ALLOWED, None, simulate)  # rate 0
+    update_policy(model, descent, rollout, config, 0, 0.0, None, simulate)  # rate 0
     first, second = torch.arange(9), torch.arange(9, 15)  # 3 and 2 groups
     settings = replace(config, num_minibatches=1)
     assert torch.allclose(gradients[0], gradient_by(rollout, settings, first), atol=1e-12)
@@ -311,13 +311,13 @@ def test_neither_gradient_nor_metrics_depend_on_the_micro_batch_size(
     config = replace(CONFIG, aggregation=aggregation, kl_beta=0.1)
     whole, model = replace(config, micro_batch_size=PROMPTS * GROUP), a_model().double()
     rows = torch.arange(PROMPTS * GROUP)
-    sums, *others = accumulate_gradient(model, rollout, rows, whole, ALLOWED)
+    sums, *others = accumulate_gradient(model, rollout, rows, whole)
     assert sums.num_clip_low > 2 and sums.num_clip_high > 2
     expected = gradient_of(model)
     for size in (1, 2, 3, 4, 7):
         again = a_model().double()
         smaller = replace(config, micro_batch_size=size)
-        parts, *rest = accumulate_gradient(again, rollout, rows, smaller, ALLOWED)
+        parts, *rest = accumulate_gradient(again, rollout, rows, smaller)
         assert torch.allclose(gradient_of(again), expected, rtol=0, atol=1e-12)
         assert torch.allclose(parts.vector(), sums.vector(), rtol=1e-12)
         assert torch.allclose(torch.stack(rest), torch.stack(others), rtol=1e-12)
@@ -346,7 +346,7 @@ def test_a_rank_without_rows_adds_exactly_nothing(
     monkeypatch.setattr(update, "max_over_ranks", lambda value: value + 2)  # a rank with more
     assert torch.equal(gradient_by(rollout, config), expected)
     model = a_model().double()
-    metrics, entropy, gap = accumulate_gradient(model, rollout, rows[:0], config, ALLOWED)
+    metrics, entropy, gap = accumulate_gradient(model, rollout, rows[:0], config)
     assert (gradient_of(model) == 0).all()
     assert metrics.num_tokens == 0 and metrics.loss == 0 and entropy == 0 and gap == 0
 
@@ -356,7 +356,7 @@ def steps_of(rollout: Rollout, config: GRPOConfig, step: int = 0) -> tuple[list[
     model, seen = a_model().double(), []
     descent = torch.optim.SGD(model.parameters())
     descent.register_step_pre_hook(lambda *_: seen.append(gradient_of(model)))
-    update_policy(model, descent, rollout, config, step, 0.1, ALLOWED)
+    update_policy(model, descent, rollout, config, step, 0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     return seen, weights_of(model)
 
@@ -371,7 +371,7 @@ def test_every_minibatch_is_one_step_from_the_weights_before() -> None:
     assert len(seen) == len(expected) == 4
     for rows, gradient in zip(expected, seen, strict=True):
         model.zero_grad()
-        accumulate_gradient(model, rollout, rows, config, ALLOWED)
+        accumulate_gradient(model, rollout, rows, config)
         assert torch.allclose(gradient, gradient_of(model), rtol=0, atol=1e-12)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -395,7 +395,7 @@ def test_an_update_changes_nothing_but_the_model_and_its_optimizer() -> None:
     before = {k: v.clone() for k, v in vars(rollout).items() if isinstance(v, Tensor)}
     config = replace(CONFIG, num_epochs=2, num_minibatches=3, kl_beta=0.1)
     model = a_model().double()
-    update_policy(model, adamw(model, 1.0, (0.9, 0.99), 0.1), rollout, config, 0, 0.01, ALLOWED)
+    update_policy(model, adamw(model, 1.0, (0.9, 0.99), 0.1), rollout, config, 0, 0.01)
     assert not torch.equal(weights_of(model), weights_of(a_model().double()))
     for name, value in before.items():
         assert torch.equal(vars(rollout)[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
@@ -418,7 +418,7 @@ def test_a_rollout_from_which_the_policy_has_drifted_makes_no_further_steps() ->
         drifts.append(float((x.exp() - x - 1).mean()))  # k3 of KL(old, now)
         halfway.append(weights_of(alone))
         alone.zero_grad()
-        accumulate_gradient(alone, rollout, rows, config, ALLOWED)
+        accumulate_gradient(alone, rollout, rows, config)
         descent.step()
     assert 0 == drifts[0] < drifts[1] < drifts[2]
     bound = (drifts[1] + drifts[2]) / 2
@@ -426,7 +426,7 @@ def test_a_rollout_from_which_the_policy_has_drifted_makes_no_further_steps() ->
         model = a_model().double()
         report, _ = update_policy(
             model, torch.optim.SGD(model.parameters()), rollout,
-            replace(config, target_kl=target), 0, 1e-3, ALLOWED,
+            replace(config, target_kl=target), 0, 1e-3,
         )  # fmt: skip
         assert report["update/num_steps"] == steps
         seen = drifts[: min(5, steps + 1)]
@@ -440,7 +440,7 @@ def test_float32_weights_move_at_a_rate_of_1e_6() -> None:
     model, rollout = a_model(), a_rollout(torch.float32)
     before = weights_of(model)
     optimizer = adamw(model, 123.0, (0.9, 0.99), 0.0)
-    update_policy(model, optimizer, rollout, CONFIG, 0, 1e-6, ALLOWED)
+    update_policy(model, optimizer, rollout, CONFIG, 0, 1e-6)
     moved = (weights_of(model) - before).abs()
     assert (moved > 0).float().mean() > 0.5 and moved.max() < 2e-6
 
@@ -450,9 +450,7 @@ def test_a_drift_that_is_not_a_number_is_the_largest(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(update, "drift_of", lambda metrics: next(drifts))
     model, config = a_model(), replace(CONFIG, num_minibatches=3)
     rollout = a_rollout(torch.float32, old_logprobs=torch.zeros(15, LONGEST))
-    report, _ = update_policy(
-        model, torch.optim.SGD(model.parameters()), rollout, config, 0, 0.0, ALLOWED
-    )
+    report, _ = update_policy(model, torch.optim.SGD(model.parameters()), rollout, config, 0, 0.0)
     assert math.isnan(report["update/max_drift"])
 
 
@@ -462,7 +460,7 @@ def test_nothing_moves_without_advantages_kl_and_decay() -> None:
     config = replace(CONFIG, num_minibatches=2, num_epochs=3)
     for step in range(2):
         rollout = a_rollout(torch.float32, advantages=zeros, old_logprobs=torch.zeros(15, LONGEST))
-        report, skipped = update_policy(model, optimizer, rollout, config, step, 1e-2, ALLOWED)
+        report, skipped = update_policy(model, optimizer, rollout, config, step, 1e-2)
         assert report["update/grad_norm"] == 0 and skipped == [False] * 6
     assert torch.equal(weights_of(model), before)
 
@@ -476,12 +474,12 @@ def test_a_step_without_a_finite_gradient_is_not_made(poison: float) -> None:
     model, alone = a_model().double(), a_model().double()
     optimizer = torch.optim.SGD(model.parameters())
     report, skipped = update_policy(
-        model, optimizer, replace(clean, advantages=advantages), config, 0, 0.1, ALLOWED
+        model, optimizer, replace(clean, advantages=advantages), config, 0, 0.1
     )
     norms = []
     for rows in (torch.arange(0, 3), torch.arange(6, 9), torch.arange(12, 15)):
         alone.zero_grad()
-        accumulate_gradient(alone, clean, rows, config, ALLOWED)
+        accumulate_gradient(alone, clean, rows, config)
         norms.append(float(gradient_of(alone).norm()))
         with torch.no_grad():
             for parameter in alone.parameters():
@@ -494,11 +492,11 @@ def test_a_step_without_a_finite_gradient_is_not_made(poison: float) -> None:
 def test_a_skipped_step_leaves_adams_moments_alone() -> None:
     model = a_model()
     optimizer = adamw(model, 1e-2, (0.9, 0.99), 0.1)
-    update_policy(model, optimizer, a_rollout(torch.float32), CONFIG, 0, 1e-2, ALLOWED)
+    update_policy(model, optimizer, a_rollout(torch.float32), CONFIG, 0, 1e-2)
     weights = weights_of(model)
     state = [v.clone() for one in optimizer.state.values() for v in one.values()]
     bad = a_rollout(torch.float32, advantages=torch.full((PROMPTS * GROUP,), torch.nan).double())
-    report, skipped = update_policy(model, optimizer, bad, CONFIG, 1, 1e-2, ALLOWED)
+    report, skipped = update_policy(model, optimizer, bad, CONFIG, 1, 1e-2)
     assert skipped == [True] and math.isnan(report["update/grad_norm"])
     assert torch.equal(weights_of(model), weights)
     after = [v for one in optimizer.state.values() for v in one.values()]
@@ -522,7 +520,7 @@ def test_entropy_and_the_log_prob_gap_are_those_of_a_slow_loop() -> None:
         q = [weight / sum(weights) for weight in weights]
         entropies.append(-sum(x * math.log(x) for x in q))
     frozen = torch.optim.SGD(model.parameters())
-    done, _ = update_policy(model, frozen, rollout, CONFIG, 0, 0.0, ALLOWED)
+    done, _ = update_policy(model, frozen, rollout, CONFIG, 0, 0.0)
     assert done["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
     assert done["rollout/logprob_gap_max"] == pytest.approx(now, rel=1e-9)
 
@@ -530,7 +528,7 @@ def test_entropy_and_the_log_prob_gap_are_those_of_a_slow_loop() -> None:
     old[0, 0] -= 0.75  # to -0.5
     config = replace(CONFIG, num_minibatches=3, num_epochs=2)
     moved = replace(rollout, old_logprobs=old)
-    done, _ = update_policy(model, frozen, moved, config, 0, 0.0, ALLOWED)
+    done, _ = update_policy(model, frozen, moved, config, 0, 0.0)
     assert done["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-9)
     assert done["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
 
@@ -541,9 +539,9 @@ def test_losses_are_means_over_steps_and_shares_are_over_tokens() -> None:
     rollout = a_rollout(old_logprobs=old + drift, ref_logprobs=old - drift)
     config, model = replace(CONFIG, num_minibatches=2, kl_beta=0.1), a_model().double()
     frozen = torch.optim.SGD(model.parameters())
-    got, _ = update_policy(model, frozen, rollout, config, 0, 0.0, ALLOWED)
+    got, _ = update_policy(model, frozen, rollout, config, 0, 0.0)
     parts = [
-        accumulate_gradient(model, rollout, rows, config, ALLOWED)[0]
+        accumulate_gradient(model, rollout, rows, config)[0]
         for rows in (torch.arange(9), torch.arange(9, 15))
     ]
     assert got["loss/total"] == pytest.approx(float(sum(p.loss for p in parts)) / 2, rel=1e-12)
@@ -625,8 +623,9 @@ def play(model: Transformer, worth: Callable[[Tensor], Tensor], num_steps: int) 
             advantages=group_advantages(rewards, 16, "group"),
             prompt_places=torch.arange(2),
             group_size=16,
+            max_length=1,
         )
-        update_policy(model, optimizer, rollout, config, step, 0.1, 1)
+        update_policy(model, optimizer, rollout, config, step, 0.1)
     with torch.no_grad():
         tokens = torch.full((2, 1), 3)
         scores = completion_scores(model, prompts, mask, tokens, None, 1.5)
