@@ -478,7 +478,7 @@ def test_a_prompt_prefilled_once_serves_each_member_of_its_group():
 
 
 @pytest.mark.parametrize("key_heads", [1, 3, 6])
-def test_rows_attend_to_a_shared_prompt_as_to_a_copy_of_their_own(key_heads):
+def test_rows_attend_to_a_shared_prompt_as_to_a_copy_of_their_own(key_heads, monkeypatch):
     """Two prompts of four tokens, three rows of five each: as on a CPU, and as on a GPU."""
     shared = SharedPrompts(num_prompts=2, prompt_length=4, num_rows=6)
     draw = torch.Generator().manual_seed(1)
@@ -492,7 +492,9 @@ def test_rows_attend_to_a_shared_prompt_as_to_a_copy_of_their_own(key_heads):
     for is_joined in (True, False):
         q, k, v = inputs = [x.clone().requires_grad_() for x in packed]
         if is_joined:
-            mixed = shared.attend(q, k, v, causal, is_causal=False)
+            with monkeypatch.context() as without:
+                without.setattr(SharedPrompts, "spread", None)
+                mixed = shared.attend(q, k, v, causal, is_causal=False)
         else:
             mixed = shared.pack(attend(*(shared.spread(x) for x in inputs), causal))
         (mixed * weights).sum().backward()
