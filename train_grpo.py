@@ -236,7 +236,7 @@ def settings(
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
     if saved is not None:
-        check_saved(GRPOConfig, saved)
+        check_saved(GRPOConfig, saved, given)
     init = given.get("init", (saved or {}).get("init", GRPOConfig.init))
     check_apart(save_dir, "init", Path(str(init)))
     started = (saved or {}).get("init", init)

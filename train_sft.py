@@ -166,7 +166,7 @@ def settings(arguments: Sequence[str] | None) -> Resolved[SFTConfig]:
     save_dir = Path(str(given.get("save_dir", SFTConfig.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
     if saved is not None:
-        check_saved(SFTConfig, saved)
+        check_saved(SFTConfig, saved, given)
     elif given.get("model"):
         given.setdefault("preset", "pretrained")  # which that flag says
     preset = str({**(saved or {}), **given}.get("preset", SFTConfig.preset))

@@ -475,8 +475,11 @@ def resolve(
     return Resolved(kind(**values), sources)  # type: ignore[arg-type]  # checked above
 
 
-def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:
-    """ValueError if a run was saved by another version: today's defaults would change it."""
+def check_saved(kind: type[RunSettings], saved: dict[str, Value], given: dict[str, Value]) -> None:
+    """ValueError if a run was saved by another version: today's defaults would change it.
+
+    Or if it shall be validated on other starts: the best score so far is the old ones'.
+    """
     names = {item.name for item in dataclasses.fields(kind)}
     lacking = sorted(names - set(saved) - set(OF_ONE_PROCESS))
     unknown = sorted(set(saved) - names)
@@ -485,6 +488,12 @@ def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:
             f"the saved run must have the settings of this version, it lacks {lacking or 'none'} "
             f"and has {unknown or 'none'} besides: resume it with the commit in its "
             "provenance.json, or start anew"
+        )
+    cases = given.get("eval_cases", saved["eval_cases"])
+    if cases != saved["eval_cases"]:
+        raise ValueError(
+            f"eval_cases must be {saved['eval_cases']} to resume this run, whose best model was "
+            f"chosen on these starts, got {cases}: leave the flag out, or start another run"
         )
 
 
