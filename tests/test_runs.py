@@ -20,7 +20,7 @@ from tiny import untrained_checkpoint
 
 import train_grpo
 import train_sft
-from minigrpo import runs
+from minigrpo import runs, training
 from minigrpo.runs import (
     HOST,
     RunFolder,
@@ -623,3 +623,18 @@ def test_a_run_is_not_overwritten_by_one_that_starts_from_it(tmp_path: Path, pla
     with pytest.raises(ValueError, match="save_dir must not be or hold the folder of model"):
         train_sft.main([*flags, "--model", start, "--horizon=2"])
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("second", "is_told"), [(1.0, True), (1.5, False)])
+def test_a_run_that_never_improved_says_that_it_publishes_its_start(
+    second: float, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    scores = iter([1.0, second])
+    found = lambda *_: {"eval/greedy_reward": next(scores)}  # noqa: E731
+    monkeypatch.setattr(training, "validation_metrics", found)
+    flags = "--device cpu --steps 1 --prompts-per-step 2 --group-size 2 --num-minibatches 1"
+    init = str(untrained_checkpoint(tmp_path / "init"))
+    train_grpo.main([*flags.split(), "--init", init, "--save-dir", str(tmp_path / "run")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("that is the model it started from") == is_told
