@@ -456,7 +456,7 @@ def set_matmul_precision(wanted: str, device: torch.device) -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 
-    `python -X dev` shows the traceback of a mistake too.
+    What a mistake carries as notes follows, on one rank. `python -X dev` shows its traceback too.
     """
     keep_freed_memory()
     try:
@@ -467,5 +467,6 @@ def run_command(main: Callable[[], None]) -> None:
         place = os.environ.get("RANK", "0")
         message = " ".join(str(error).split())
         start = "error" if place == "0" else f"error on rank {place}"
-        print(f"{start}: {message}", file=sys.stderr)
+        notes = getattr(error, "__notes__", []) if place == "0" else []
+        print(f"{start}: {message}", *notes, sep="\n", file=sys.stderr)
         raise SystemExit(2) from None

@@ -533,6 +533,22 @@ def test_a_users_mistake_is_one_line_and_status_2(
     assert capsys.readouterr().err.startswith("error on rank 3: ")
 
 
+def test_the_notes_of_a_users_mistake_keep_their_lines_and_are_told_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> None:
+        error = ValueError("too\nlarge")
+        error.add_note("  model  1.00\n  update 2.00")
+        raise error
+
+    for rank, shown in (("0", "error: too large\n  model  1.00\n  update 2.00\n"),
+                        ("1", "error on rank 1: too large\n")):  # fmt: skip
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            run_command(main)
+        assert capsys.readouterr().err == shown
+
+
 def test_a_mistake_of_ours_is_a_traceback() -> None:
     def main() -> None:
         raise TypeError("ours")
