@@ -125,7 +125,7 @@ def open_run(
     folder = Path(save_dir)
 
     def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = folder / "LOCK"
         _take_lock(lock)
         try:
@@ -137,6 +137,14 @@ def open_run(
 
     on_rank_zero(prepare)
     return RunFolder(folder, tensorboard)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a save_dir, which may be there already; OSError names the flag if it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"save_dir must be a folder or become one, got {folder}: {error}") from error
 
 
 def _take_lock(lock: Path) -> None:

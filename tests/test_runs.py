@@ -249,6 +249,14 @@ def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path, overwrite=False, resume=True)
 
 
+def test_a_file_is_no_save_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        with pytest.raises(OSError, match=r"save_dir must be a folder or become one, got .*file"):
+            open_run(tmp_path / place, overwrite=True, resume=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_of_two_that_find_a_dead_owner_one_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
