@@ -256,14 +256,23 @@ class RunFolder:
         on_rank_zero(write)
 
     def start(self, step: int, num_steps: int) -> None:
-        """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar."""
+        """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar.
+
+        ValueError: metrics.jsonl lacks some of these steps, which schedules look back on.
+        """
         self._num_steps = num_steps
 
         def cut() -> None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.folder / name
+                lines = _lines_until(path, step) if path.exists() else []
+                if name == "metrics.jsonl" and len(lines) != step + 1:
+                    raise ValueError(
+                        f"{path} must have a line for each step from 0 to {step}, where the newest "
+                        f"checkpoint is, got {len(lines)}: put back a whole one, or --overwrite"
+                    )
                 if path.exists():
-                    write_text(path, "".join(_lines_until(path, step)))
+                    write_text(path, "".join(lines))
 
         on_rank_zero(cut)
         if rank() == 0:
@@ -293,7 +302,10 @@ class RunFolder:
         """One line of metrics.jsonl and one of the console for a step."""
         if rank() != 0:
             return
-        self._append("metrics.jsonl", {"step": step, **metrics})
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(to_json({"step": step, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # without it no checkpoint of this step can be resumed
         for name, value in metrics.items():
             if self._scalar is not None:
                 self._scalar(name, value, step)
@@ -310,11 +322,8 @@ class RunFolder:
     def log_sample(self, step: int, record: Mapping[str, Json]) -> None:
         """One line of samples.jsonl."""
         if rank() == 0:
-            self._append("samples.jsonl", {"step": step, **record})
-
-    def _append(self, name: str, record: Mapping[str, Json]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(to_json(record) + "\n")
+            with (self.folder / "samples.jsonl").open("a") as file:
+                file.write(to_json({"step": step, **record}) + "\n")
 
     def finish(self, status: Literal["stopped", "finished"]) -> None:
         """Write STATUS, after the last checkpoint; a batch script requeues what was stopped."""

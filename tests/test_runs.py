@@ -352,6 +352,20 @@ def test_resuming_without_a_checkpoint_starts_the_logs_anew(tmp_path: Path) -> N
         assert (folder / "metrics.jsonl").read_text() == ""
 
 
+def test_a_run_is_not_resumed_without_the_metrics_of_its_steps(tmp_path: Path) -> None:
+    """Plateau, adaptive terminal term and convergence would look back on another history."""
+    folder = finished_run(tmp_path / "run", num_steps=5)
+    path, samples = folder / "metrics.jsonl", (folder / "samples.jsonl").read_bytes()
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in (lines[:3], lines[:2] + lines[3:], []):
+        path.write_text("".join(kept)) if kept else path.unlink()
+        with open_run(folder, overwrite=False, resume=True) as run:
+            message = f"metrics.jsonl must have a line .* from 0 to 4, .* got {min(4, len(kept))}: "
+            with pytest.raises(ValueError, match=message):
+                run.start(4, 5)
+    assert (folder / "samples.jsonl").read_bytes() == samples
+
+
 def test_a_broken_line_inside_a_log_is_an_error_that_names_it(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     write_text(folder / "metrics.jsonl", '{"step": 0}\n{"stage": 1}\n')
