@@ -150,7 +150,7 @@ class RunSettings(Settings):
         if unknown := set(self.lora_targets.split(",")) - set(LORA_TARGETS):
             raise ValueError(
                 f"lora_targets must be some of {','.join(LORA_TARGETS)}, "
-                f"got {','.join(sorted(unknown))}"
+                f"got {', '.join(map(repr, sorted(unknown)))}"
             )
 
 
@@ -192,7 +192,7 @@ class SFTConfig(RunSettings):
         "tiny model: ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers",
         at_least=0,
     )
-    dt: float = flag(0.1, "seconds per control", above=0)
+    dt: float = flag(0.1, "seconds per control", at_least=1e-3, at_most=1e3)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)

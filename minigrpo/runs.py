@@ -3,8 +3,9 @@
 save_dir/   LOCK  STATUS  provenance.json  metrics.jsonl  samples.jsonl  attempts/  tensorboard/
             (checkpoint.py adds the published model and checkpoints/)
 
-Rank 0 alone writes, and what fails there fails on every rank. STATUS is running, stopped or
-finished: it tells a batch script what an exit status can't, as torchrun's is 1 for everything.
+Rank 0 alone writes, and what fails there fails on every rank. STATUS is running (also after a
+kill), stopped, finished or, after an error, failed: it tells a batch script what an exit status
+can't, as torchrun's is 1 for everything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -237,6 +239,7 @@ class RunFolder:
         self._scalar: Callable[[str, float, int], None] | None = None
         self._bar: tqdm[None] | None = None
         self._num_steps = 0
+        self._is_done = False
 
     def record_attempt(self, config: Mapping[str, Json], device: torch.device) -> None:
         """Write what this process shall do, and with what: attempts/, at first provenance.json."""
@@ -328,6 +331,7 @@ class RunFolder:
     def finish(self, status: Literal["stopped", "finished"]) -> None:
         """Write STATUS, after the last checkpoint; a batch script requeues what was stopped."""
         on_rank_zero(lambda: write_text(self.folder / "STATUS", f"{status}\n"))
+        self._is_done = True
 
     def close(self) -> None:
         """Close what is open and give the lock back."""
@@ -339,7 +343,10 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is not None and not self._is_done and rank() == 0:
+            with suppress(OSError):  # of a full disk the error that is on its way tells
+                write_text(self.folder / "STATUS", "failed\n")
         self.close()
 
 
@@ -473,12 +480,13 @@ def set_matmul_precision(wanted: str, device: torch.device) -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 
-    What a mistake carries as notes follows, on one rank. `python -X dev` shows its traceback too.
+    Training that diverged is one line too, with its advice, and status 1. What a mistake carries
+    as notes follows, on one rank. `python -X dev` shows its traceback too.
     """
     keep_freed_memory()
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
         place = os.environ.get("RANK", "0")
@@ -486,4 +494,4 @@ def run_command(main: Callable[[], None]) -> None:
         start = "error" if place == "0" else f"error on rank {place}"
         notes = getattr(error, "__notes__", []) if place == "0" else []
         print(f"{start}: {message}", *notes, sep="\n", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None

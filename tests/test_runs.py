@@ -92,9 +92,25 @@ def test_the_status_is_running_until_the_run_says_otherwise(tmp_path: Path) -> N
         assert (tmp_path / "STATUS").read_text() == "running\n"
         run.finish("stopped")
     assert (tmp_path / "STATUS").read_text() == "stopped\n"
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path, overwrite=False, resume=False):
-        _ = 1 / 0
-    assert (tmp_path / "STATUS").read_text() == "running\n"
+    for status in ("failed", "finished"):
+        with pytest.raises(ZeroDivisionError), open_run(tmp_path, False, False) as run:
+            assert (tmp_path / "STATUS").read_text() == "running\n"
+            if status == "finished":
+                run.finish("finished")
+            _ = 1 / 0
+        assert (tmp_path / "STATUS").read_text() == f"{status}\n"
+        assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_status_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, text: str) -> None:
+        raise OSError("full")
+
+    with pytest.raises(ValueError, match="the first"), open_run(tmp_path, False, False):
+        monkeypatch.setattr(runs, "write_text", fail)
+        raise ValueError("the first")
     assert not (tmp_path / "LOCK").exists()
 
 
@@ -535,20 +551,28 @@ def test_the_deadline_is_in_minutes_and_0_is_none(
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("two\nlines"), FileNotFoundError(2, "No such file", "x.json")]
+    ("error", "status", "shown"),
+    [
+        (ValueError("two\nlines"), 2, "two lines"),
+        (FileNotFoundError(2, "No such file", "x.json"), 2, "[Errno 2] No such file: 'x.json'"),
+        (FloatingPointError("lower learning_rate"), 1, "lower learning_rate"),
+    ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(
-    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_users_mistake_is_one_line_and_its_status(
+    error: Exception,
+    status: int,
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def main() -> None:
         raise error
 
     with pytest.raises(SystemExit) as caught:
         run_command(main)
-    assert caught.value.code == 2
-    shown = {"ValueError": "two lines", "FileNotFoundError": "[Errno 2] No such file: 'x.json'"}
+    assert caught.value.code == status
     printed = capsys.readouterr()
-    assert printed.err == f"error: {shown[type(error).__name__]}\n" and not printed.out
+    assert printed.err == f"error: {shown}\n" and not printed.out
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         run_command(main)
