@@ -10,6 +10,7 @@ Masks come from positions, never from token values, so pad may be EOS.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -75,24 +76,28 @@ def sample_completions(
     """Draw `group_size` completions of at most `stop.max_length` tokens for each prompt [P, L].
 
     Prompts are left-padded. `uniforms` [N, C] in [0, 1) decide every draw (None: greedy), so equal
-    uniforms give equal tokens however the rows are batched. Whole groups are decoded,
-    `rows_per_batch` rows at a time, which bounds the cache.
+    uniforms give equal tokens however the rows are batched. Whole groups are decoded, at most
+    `rows_per_batch` rows at a time, which bounds the cache; all batches have one size, that of the
+    same recorded graphs, for which the last may begin with prompts of the one before.
     """
     num_rows, length = len(prompt_tokens) * group_size, stop.max_length
     if uniforms is not None:
         check_shapes(uniforms=(uniforms, f"{num_rows} {length}"))
-    per_batch = max(1, rows_per_batch // group_size)
+    num_batches = math.ceil(len(prompt_tokens) / max(1, rows_per_batch // group_size))
+    size = math.ceil(len(prompt_tokens) / num_batches)
     is_padded = not bool(prompt_mask.all())
     batches = []
-    for start in range(0, len(prompt_tokens), per_batch):
-        end = start + per_batch
+    for wanted in range(0, len(prompt_tokens), size):
+        end = min(wanted + size, len(prompt_tokens))
+        start = end - size
         tokens, mask = prompt_tokens[start:end], prompt_mask[start:end]
         drawn = None if uniforms is None else uniforms[start * group_size : end * group_size]
         batch = _Batch(
             len(tokens), tokens.shape[1], group_size, acting, stop, is_padded, drawn is None,
             model.is_fused, _product_dtype(model, tokens.device), tokens.device,
         )  # fmt: skip
-        batches.append(_decoder(model, batch).decode(model, tokens, mask, drawn))
+        decoded = _decoder(model, batch).decode(model, tokens, mask, drawn)
+        batches.append([part[(wanted - start) * group_size :] for part in decoded])
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
     if bool(logprobs.isnan().any()):
@@ -148,7 +153,7 @@ class _Kept:
     copies: dict[torch.dtype, Transformer] = field(default_factory=dict)
 
 
-MAX_DECODERS = 4  # training, greedy and sampled validation, a last smaller batch
+MAX_DECODERS = 4  # training, greedy and sampled validation, one to spare
 _KEPT: WeakKeyDictionary[Transformer, _Kept] = WeakKeyDictionary()
 
 

@@ -7,18 +7,18 @@ from copy import deepcopy
 
 import pytest
 import torch
-from stand_in import DEVICE, OnDevice, a_gpu, placed  # noqa: F401  a fixture, gpu
+from stand_in import DEVICE, Graph, OnDevice, a_gpu, placed  # noqa: F401  a fixture, gpu
 from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import policy
+from minigrpo import evaluation, policy
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
 from minigrpo.evaluation import validation_metrics
 from minigrpo.policy import ActingPolicy
-from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics
+from minigrpo.rollout import act, choice_simulator, make_rollout, rollout_metrics
 from minigrpo.sampling import StopRule, _Decoder, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 from minigrpo.update import update_policy
@@ -121,3 +121,24 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
         found = metrics(placed(train_grpo.build(config)), DEVICE)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert expected["update/grad_norm"] > 0
+
+
+def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):
+    """Rollout and validation come in batches whose number does not divide their rows."""
+    monkeypatch.setattr(evaluation, "DECODED_ROWS", 4)
+    folder, num_graphs = untrained_checkpoint(tmp_path / "init"), []
+    _, task, _ = load_task(folder)
+    config = GRPOConfig(
+        init=str(folder), prompts_per_step=5, group_size=2, rows_per_batch=4, top_p=1.0
+    )
+    starts, reward = split_starts(task.plant), train_grpo.reward_function(config, task)
+    prompts, _ = train_grpo.prompts_of_step(starts.training, config, task, 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: num_graphs.append(1) or Graph())
+    with gpu:
+        model = placed(train_grpo.build(config))
+        for step in range(4):
+            act(model, prompts, config, task, reward)
+            validation_metrics(model, starts.validation[:7], task, 0)
+            if step == 1:
+                recorded = len(num_graphs)
+    assert len(num_graphs) == recorded > 0
