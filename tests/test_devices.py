@@ -44,9 +44,11 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[1, :2] = not is_padded
     uniforms = torch.rand(6, LENGTH, generator=generator, dtype=torch.float64)
-    acting, stop = ActingPolicy(1.2, top_p, 9), StopRule((1,), 0, LENGTH)
+    stop, num_graphs = StopRule((1,), 0, LENGTH), []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: num_graphs.append(1) or Graph())
 
-    def assert_equal_draws(uniforms: Tensor, times: int) -> None:
+    def assert_equal_draws(uniforms: Tensor, times: int, temperature: float = 1.2) -> None:
+        acting = ActingPolicy(temperature, top_p, 9)
         drawn = None if is_greedy else uniforms
         expected = sample_completions(model, prompts, mask, 2, acting, stop, drawn)
         arguments = [OnDevice(tensor) for tensor in (prompts, mask, uniforms)]
@@ -67,6 +69,9 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
         for parameter in (*model.parameters(), *theirs.parameters()):
             parameter.mul_(0.7)
     assert_equal_draws(uniforms.flip(0), times=1)
+    recorded = len(num_graphs)
+    assert_equal_draws(uniforms, times=1, temperature=0.6)  # as with --final-temperature
+    assert len(num_graphs) == recorded > 0
     # Is there padding, is any row alive before each graph, is all finite, how long and wide is it?
     assert len(gpu.looks) <= 1 + 3 + 3
 
