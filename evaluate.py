@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from minigrpo.distributed import process_group, rank
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import Results
 from minigrpo.policy import ActingPolicy
-from minigrpo.runs import run_command, write_text
+from minigrpo.runs import make_folder, on_rank_zero, run_command, write_text
 from minigrpo.transformer import Transformer
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = next(iter(models.values()))[1]
     with process_group(config.device) as device:
         starts = choose_starts(config, task.plant)
+        on_rank_zero(partial(check_writable, folder))  # before an hour of work, not after it
         if rank() == 0:
             print(resolved.table())
             print(f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}")
@@ -61,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     report = evaluation.make_report(results, task, config.seed)
     content = json.dumps(asdict(report) | {"config": asdict(config)}, indent=2, allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "cases.csv", evaluation.cases_csv(results))
     write_text(folder / "evaluation.json", content + "\n")
     if find_spec("matplotlib") is None:
@@ -84,6 +85,13 @@ def load_policies(config: EvalConfig) -> dict[str, tuple[Transformer, Task]]:
             f"{task.plant} {task.cost}, got {base_task.plant} {base_task.cost}"
         )
     return {"sft": (base, base_task), "grpo": (model, task)}
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and a file in it that leaves no trace; OSError: that is impossible."""
+    make_folder(folder)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def choose_starts(config: EvalConfig, plant: DoubleIntegrator) -> Tensor:

@@ -54,6 +54,8 @@ CURVE = (
     "eval/lqr_reward",
     "rollout/frac_valid",
     "update/learning_rate",
+    "update/num_steps",
+    "update/max_drift",
 )
 SHORT = "--steps 40 --prompts-per-step 256 --save-every 40 --eval-every 20"
 # The processor time of the 200 GRPO steps of `default`: 1,600 s of a Xeon with AVX-512.

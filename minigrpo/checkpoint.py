@@ -138,9 +138,20 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def saved_config(folder: Path) -> dict[str, Value] | None:
-    """The settings of the run in this folder at its newest save; None where nothing was saved."""
+    """The settings of the run in this folder at its newest save; None where nothing was saved.
+
+    ValueError: its published model is damaged, which the next evaluation would stumble over.
+    """
     newest = _latest(folder) or folder
-    return load_manifest(newest).config if (newest / "minigrpo.json").is_file() else None
+    if not (newest / "minigrpo.json").is_file():
+        return None
+    config = load_manifest(newest).config
+    try:
+        published(folder)
+    except ValueError as error:
+        advice = "delete it, and the next evaluation publishes the model that it has then"
+        raise ValueError(f"{error}; {advice}") from error
+    return config
 
 
 def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
@@ -279,6 +290,7 @@ def _latest(run_folder: Path) -> Path | None:
     for path in reversed(_complete(run_folder)):
         try:
             load_manifest(path)
+            load_shape(path)
             for name in ("model.safetensors", "trainer.safetensors"):
                 _metadata(path / name)
         except ValueError as error:

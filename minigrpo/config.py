@@ -137,7 +137,7 @@ class RunSettings(Settings):
         if unknown := set(self.lora_targets.split(",")) - set(LORA_TARGETS):
             raise ValueError(
                 f"lora_targets must be some of {','.join(LORA_TARGETS)}, "
-                f"got {','.join(sorted(unknown))}"
+                f"got {', '.join(map(repr, sorted(unknown)))}"
             )
 
 
@@ -177,7 +177,7 @@ class SFTConfig(RunSettings):
         "tiny model: ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers",
         at_least=0,
     )
-    dt: float = flag(0.1, "seconds per control", above=0)
+    dt: float = flag(0.1, "seconds per control", at_least=1e-3, at_most=1e3)
     horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
@@ -458,8 +458,11 @@ def resolve(
     return Resolved(kind(**values), sources)  # type: ignore[arg-type]  # checked above
 
 
-def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:
-    """ValueError if a run was saved by another version: today's defaults would change it."""
+def check_saved(kind: type[RunSettings], saved: dict[str, Value], given: dict[str, Value]) -> None:
+    """ValueError if a run was saved by another version: today's defaults would change it.
+
+    Or if it shall be validated on other starts: the best score so far is the old ones'.
+    """
     names = {item.name for item in dataclasses.fields(kind)}
     lacking = sorted(names - set(saved) - set(OF_ONE_PROCESS))
     unknown = sorted(set(saved) - names)
@@ -468,6 +471,12 @@ def check_saved(kind: type[Settings], saved: dict[str, Value]) -> None:
             f"the saved run must have the settings of this version, it lacks {lacking or 'none'} "
             f"and has {unknown or 'none'} besides: resume it with the commit in its "
             "provenance.json, or start anew"
+        )
+    cases = given.get("eval_cases", saved["eval_cases"])
+    if cases != saved["eval_cases"]:
+        raise ValueError(
+            f"eval_cases must be {saved['eval_cases']} to resume this run, whose best model was "
+            f"chosen on these starts, got {cases}: leave the flag out, or start another run"
         )
 
 

@@ -172,7 +172,7 @@ def check_memory(
     changes: Sequence[dict[str, Value]],
     device: torch.device,
 ) -> str:
-    """The lines to print; ValueError, with what each change would need, if it does not fit.
+    """The lines to print; ValueError if it does not fit, with a note of what changes would need.
 
     Called on every rank: the one with the least free memory decides for all.
     """
@@ -187,16 +187,19 @@ def check_memory(
     lines = f"memory estimate: {found}, {parts} beside the model"
     if peak <= free:
         return f"{lines}\n{estimated.table()}"
-    advice = [f"the run must fit into memory, got {found}", estimated.table(), "GiB with"]
+    refusal, helpful = f"the run must fit into memory, got {found}", []
     for change in changes:
         less = estimate(replace(config, **change)).peak  # type: ignore[arg-type]  # of its fields
-        if less < estimated.peak:
+        if less < 0.99 * estimated.peak:
             flags = " ".join(_flag(name, value) for name, value in change.items())
-            advice.append(f"  {less / 2**30:8.2f}  {flags}")
+            helpful.append(f"  {less / 2**30:8.2f}  {flags}")
+    advice = [estimated.table(), *(["GiB with", *helpful] if helpful else [])]
     if config.memory_check == "warn":
-        return "\n".join(["warning: it may end without memory", *advice])
+        return "\n".join(["warning: it may end without memory", refusal, *advice])
     advice.append("or, as the estimate is an upper bound, --memory-check warn")
-    raise ValueError("\n".join(advice))
+    error = ValueError(refusal)
+    error.add_note("\n".join(advice))
+    raise error
 
 
 def _flag(name: str, value: Value) -> str:

@@ -60,10 +60,11 @@ class ActingPolicy:
             raise ValueError(f"support_size must be at least 1, got {self.support_size}")
 
 
-def tempered(logits: Tensor, temperature: float) -> Tensor:
+def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """z / temperature in float32 or wider; z are logits, or what a linear head makes them of."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide if temperature == 1.0 else wide / temperature
+    is_one = not isinstance(temperature, Tensor) and temperature == 1.0
+    return wide if is_one else wide / temperature
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def draw_untruncated(
-    logits: Tensor, temperature: float, uniforms: Tensor, is_fused: bool
+    logits: Tensor, temperature: float | Tensor, uniforms: Tensor, is_fused: bool
 ) -> tuple[Tensor, Tensor]:
     """`draw` of q = p over a large vocabulary, which is read once: a block, then a token in it.
 
@@ -183,7 +184,7 @@ def draw_untruncated(
     return rearrange(tokens, "b 1 -> b"), rearrange(logq, "b 1 -> b")
 
 
-def block_norms(logits: Tensor, temperature: float) -> Tensor:
+def block_norms(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """log sum exp(z / temperature) over each block of the vocabulary, [B, V / BLOCK]."""
     return torch.logsumexp(tempered(_blocks(logits), temperature), dim=-1)
 

@@ -3,8 +3,9 @@
 save_dir/   LOCK  STATUS  provenance.json  metrics.jsonl  samples.jsonl  attempts/  tensorboard/
             (checkpoint.py adds the published model and checkpoints/)
 
-Rank 0 alone writes, and what fails there fails on every rank. STATUS is running, stopped or
-finished: it tells a batch script what an exit status can't, as torchrun's is 1 for everything.
+Rank 0 alone writes, and what fails there fails on every rank. STATUS is running (also after a
+kill), stopped, finished or, after an error, failed: it tells a batch script what an exit status
+can't, as torchrun's is 1 for everything.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -125,7 +126,7 @@ def open_run(
     folder = Path(save_dir)
 
     def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = folder / "LOCK"
         _take_lock(lock)
         try:
@@ -137,6 +138,14 @@ def open_run(
 
     on_rank_zero(prepare)
     return RunFolder(folder, tensorboard)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a save_dir, which may be there already; OSError names the flag if it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"save_dir must be a folder or become one, got {folder}: {error}") from error
 
 
 def _take_lock(lock: Path) -> None:
@@ -229,6 +238,7 @@ class RunFolder:
         self._scalar: Callable[[str, float, int], None] | None = None
         self._bar: tqdm[None] | None = None
         self._num_steps = 0
+        self._is_done = False
 
     def record_attempt(self, config: Mapping[str, Json], device: torch.device) -> None:
         """Write what this process shall do, and with what: attempts/, at first provenance.json."""
@@ -248,14 +258,23 @@ class RunFolder:
         on_rank_zero(write)
 
     def start(self, step: int, num_steps: int) -> None:
-        """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar."""
+        """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar.
+
+        ValueError: metrics.jsonl lacks some of these steps, which schedules look back on.
+        """
         self._num_steps = num_steps
 
         def cut() -> None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.folder / name
+                lines = _lines_until(path, step) if path.exists() else []
+                if name == "metrics.jsonl" and len(lines) != step + 1:
+                    raise ValueError(
+                        f"{path} must have a line for each step from 0 to {step}, where the newest "
+                        f"checkpoint is, got {len(lines)}: put back a whole one, or --overwrite"
+                    )
                 if path.exists():
-                    write_text(path, "".join(_lines_until(path, step)))
+                    write_text(path, "".join(lines))
 
         on_rank_zero(cut)
         if rank() == 0:
@@ -285,7 +304,10 @@ class RunFolder:
         """One line of metrics.jsonl and one of the console for a step."""
         if rank() != 0:
             return
-        self._append("metrics.jsonl", {"step": step, **metrics})
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(to_json({"step": step, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # without it no checkpoint of this step can be resumed
         for name, value in metrics.items():
             if self._scalar is not None:
                 self._scalar(name, value, step)
@@ -302,15 +324,13 @@ class RunFolder:
     def log_sample(self, step: int, record: Mapping[str, Json]) -> None:
         """One line of samples.jsonl."""
         if rank() == 0:
-            self._append("samples.jsonl", {"step": step, **record})
-
-    def _append(self, name: str, record: Mapping[str, Json]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(to_json(record) + "\n")
+            with (self.folder / "samples.jsonl").open("a") as file:
+                file.write(to_json({"step": step, **record}) + "\n")
 
     def finish(self, status: Literal["stopped", "finished"]) -> None:
         """Write STATUS, after the last checkpoint; a batch script requeues what was stopped."""
         on_rank_zero(lambda: write_text(self.folder / "STATUS", f"{status}\n"))
+        self._is_done = True
 
     def close(self) -> None:
         """Close what is open and give the lock back."""
@@ -321,7 +341,10 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is not None and not self._is_done and rank() == 0:
+            with suppress(OSError):  # of a full disk the error that is on its way tells
+                write_text(self.folder / "STATUS", "failed\n")
         self.close()
 
 
@@ -454,16 +477,18 @@ def set_matmul_precision(wanted: str, device: torch.device) -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 
-    `python -X dev` shows the traceback of a mistake too.
+    Training that diverged is one line too, with its advice, and status 1. What a mistake carries
+    as notes follows, on one rank. `python -X dev` shows its traceback too.
     """
     keep_freed_memory()
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
         place = os.environ.get("RANK", "0")
         message = " ".join(str(error).split())
         start = "error" if place == "0" else f"error on rank {place}"
-        print(f"{start}: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+        notes = getattr(error, "__notes__", []) if place == "0" else []
+        print(f"{start}: {message}", *notes, sep="\n", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None

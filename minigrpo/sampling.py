@@ -10,8 +10,9 @@ Masks come from positions, never from token values, so pad may be EOS.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from minigrpo.policy import LARGE_VOCABULARY, ActingPolicy, draw, draw_untruncated, nucleus
+from minigrpo.policy import (
+    LARGE_VOCABULARY,
+    ActingPolicy,
+    draw,
+    draw_untruncated,
+    nucleus,
+    tempered,
+)
 from minigrpo.shapes import check_record, check_shapes
 from minigrpo.transformer import KVCache, Transformer, last_logits
 
@@ -68,24 +76,30 @@ def sample_completions(
     """Draw `group_size` completions of at most `stop.max_length` tokens for each prompt [P, L].
 
     Prompts are left-padded. `uniforms` [N, C] in [0, 1) decide every draw (None: greedy), so equal
-    uniforms give equal tokens however the rows are batched. Whole groups are decoded,
-    `rows_per_batch` rows at a time, which bounds the cache.
+    uniforms give equal tokens however the rows are batched. Whole groups are decoded, at most
+    `rows_per_batch` rows at a time, which bounds the cache; all batches have one size, that of the
+    same recorded graphs, for which the last may begin with prompts of the one before.
     """
     num_rows, length = len(prompt_tokens) * group_size, stop.max_length
     if uniforms is not None:
         check_shapes(uniforms=(uniforms, f"{num_rows} {length}"))
-    per_batch = max(1, rows_per_batch // group_size)
+    num_batches = math.ceil(len(prompt_tokens) / max(1, rows_per_batch // group_size))
+    size = math.ceil(len(prompt_tokens) / num_batches)
     is_padded = not bool(prompt_mask.all())
     batches = []
-    for start in range(0, len(prompt_tokens), per_batch):
-        end = start + per_batch
+    for wanted in range(0, len(prompt_tokens), size):
+        end = min(wanted + size, len(prompt_tokens))
+        start = end - size
         tokens, mask = prompt_tokens[start:end], prompt_mask[start:end]
         drawn = None if uniforms is None else uniforms[start * group_size : end * group_size]
         batch = _Batch(
-            len(tokens), tokens.shape[1], group_size, acting, stop, is_padded, drawn is None,
-            model.is_fused, _product_dtype(model, tokens.device), tokens.device,
+            len(tokens), tokens.shape[1], group_size, replace(acting, temperature=1.0),
+            acting.temperature != 1.0, stop, is_padded, drawn is None, model.is_fused,
+            _product_dtype(model, tokens.device), tokens.device,
         )  # fmt: skip
-        batches.append(_decoder(model, batch).decode(model, tokens, mask, drawn))
+        decoder = _decoder(model, batch)
+        decoded = decoder.decode(model, tokens, mask, drawn, acting.temperature)
+        batches.append([part[(wanted - start) * group_size :] for part in decoded])
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
     if bool(logprobs.isnan().any()):
@@ -123,7 +137,8 @@ class _Batch:
     num_prompts: int
     prompt_length: int
     group_size: int
-    acting: ActingPolicy
+    acting: ActingPolicy  # of logits that were divided by the temperature
+    is_tempered: bool  # by one that is not 1, and may be another each time
     stop: StopRule
     is_padded: bool
     is_greedy: bool
@@ -141,7 +156,7 @@ class _Kept:
     copies: dict[torch.dtype, Transformer] = field(default_factory=dict)
 
 
-MAX_DECODERS = 4  # training, greedy and sampled validation, a last smaller batch
+MAX_DECODERS = 4  # training, greedy and sampled validation, one to spare
 _KEPT: WeakKeyDictionary[Transformer, _Kept] = WeakKeyDictionary()
 
 
@@ -194,6 +209,7 @@ class _Decoder:
         in_all = batch.prompt_length + length
         self.once = KVCache(config, batch.num_prompts, batch.prompt_length, device, dtype)
         self.cache = KVCache(config, rows, in_all, device, dtype)
+        self.temperature = torch.ones((), dtype=torch.float64, device=device)
         self.uniforms = torch.zeros(rows, length, dtype=torch.float64, device=device)
         self.seen = torch.ones(rows, in_all, dtype=torch.bool, device=device)
         self.eos = torch.tensor(batch.stop.eos_ids, device=device)
@@ -212,6 +228,7 @@ class _Decoder:
         prompt_tokens: Tensor,
         prompt_mask: Tensor,
         uniforms: Tensor | None,
+        temperature: float,
     ) -> tuple[Tensor, ...]:
         """Until all rows have ended; columns never reached keep filler."""
         if self.model is not model:
@@ -223,6 +240,7 @@ class _Decoder:
         self.kept_mass.fill_(1)
         self.is_capped.zero_()
         self.support.fill_(-1)
+        self.temperature.fill_(temperature)
         if uniforms is not None:
             self.uniforms.copy_(uniforms)
         mask = repeat(prompt_mask, "p l -> (p g) l", g=self.batch.group_size)
@@ -257,11 +275,12 @@ class _Decoder:
         """Draw column `step` of every row that is alive."""
         uniforms = None if self.batch.is_greedy else self.uniforms[:, step]
         now, acting = self.alive[:, step], self.batch.acting
+        temperature = self.temperature if self.batch.is_tempered else 1.0
         if acting.top_p == 1.0 and uniforms is not None and logits.shape[1] > LARGE_VOCABULARY:
             is_fused = self.model.is_fused
-            drawn, logq = draw_untruncated(logits, acting.temperature, uniforms, is_fused)
+            drawn, logq = draw_untruncated(logits, temperature, uniforms, is_fused)
         else:
-            q = nucleus(logits, acting)
+            q = nucleus(tempered(logits, temperature), acting)
             drawn, logq = draw(q, uniforms)
             self.kept_mass[:, step] = torch.where(now, q.kept_mass, 1.0)
             self.is_capped[:, step] = q.is_capped & now

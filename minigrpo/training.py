@@ -55,7 +55,7 @@ def given_and_saved(
     save_dir = Path(str(given.get("save_dir", kind.save_dir)))
     saved = saved_config(save_dir) if given.get("resume") else None
     if saved is not None:
-        check_saved(kind, saved)
+        check_saved(kind, saved, given)
     return given, saved or {}
 
 
@@ -167,6 +167,8 @@ class Training:
         folder = self.run.folder
         if rank() == 0 and (best := published(folder)):
             print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
+            if best[0] == 0 and self.done > 0:
+                print("that is the model it started from: no trained one was better in validation")
 
     def _evaluate(self) -> dict[str, float]:
         """Validation metrics of the model as it is, which is published if it is the best so far."""

@@ -206,7 +206,9 @@ def damage_by_emptying(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_by_cutting, damage_by_emptying, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer.safetensors", "minigrpo.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "trainer.safetensors", "minigrpo.json", "config.json"]
+)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     tmp_path: Path, name: str, damage: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +217,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     train(model, optimizer, range(1))
     first = save(tmp_path, 1, model, optimizer)
     second = save(tmp_path, 2, model, optimizer)
-    if (damage, name) == (damage_by_cutting, "minigrpo.json"):
+    if damage is damage_by_cutting and name.endswith("json"):
         os.truncate(second / name, 40)  # its last byte is only the end of the line
     else:
         damage(second / name)
@@ -501,6 +503,18 @@ def test_the_saved_settings_are_those_of_the_newest_save(tmp_path: Path) -> None
     newer = replace(MANIFEST, config={"steps": 9})
     folder = save_checkpoint(tmp_path, 2, model, optimizer, TASK, newer)
     assert saved_config(tmp_path) == {"steps": 9} == load_manifest(folder).config
+
+
+def test_a_damaged_published_model_is_found_before_the_run_goes_on(tmp_path: Path) -> None:
+    model, optimizer = make_model()
+    publish_model(tmp_path, model, TASK, MANIFEST, 1, 1.0)
+    save(tmp_path, 2, model, optimizer)
+    path = tmp_path / "model.safetensors"
+    damage_by_cutting(path)
+    with pytest.raises(ValueError, match=rf"{path} is not a readable .*; delete it, and the next"):
+        saved_config(tmp_path)
+    path.unlink()
+    assert saved_config(tmp_path) == MANIFEST.config and is_best(tmp_path, -1e9)
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,14 +295,14 @@ def test_every_field_is_read_by_somebody(kind: type[Settings]) -> None:
 
 def test_a_run_saved_by_another_version_is_refused() -> None:
     saved = dataclasses.asdict(GRPOConfig())
-    check_saved(GRPOConfig, saved)
-    check_saved(GRPOConfig, {k: v for k, v in saved.items() if k != "save_dir"})
+    check_saved(GRPOConfig, saved, {})
+    check_saved(GRPOConfig, {k: v for k, v in saved.items() if k != "save_dir"}, {})
     del saved["credit"]
     with pytest.raises(ValueError, match=r"it lacks \['credit'\] and has none besides: resume"):
-        check_saved(GRPOConfig, saved)
+        check_saved(GRPOConfig, saved, {})
     saved = dataclasses.asdict(GRPOConfig()) | {"control_variate": "none"}
     with pytest.raises(ValueError, match=r"it lacks none and has \['control_variate'\] besides"):
-        check_saved(GRPOConfig, saved)
+        check_saved(GRPOConfig, saved, {})
 
 
 @pytest.mark.parametrize("trainer, kind", [(train_grpo, GRPOConfig), (train_sft, SFTConfig)])
@@ -311,6 +311,18 @@ def test_both_trainers_refuse_to_resume_it(trainer, kind, monkeypatch, tmp_path)
     monkeypatch.setattr(training, "saved_config", lambda folder: saved)
     with pytest.raises(ValueError, match="the saved run must have the settings of this version"):
         trainer.main(["--save-dir", str(tmp_path / "run"), "--resume"])
+
+
+@pytest.mark.parametrize("trainer, kind", [(train_grpo, GRPOConfig), (train_sft, SFTConfig)])
+def test_scores_of_other_validation_starts_are_not_compared(
+    trainer, kind, monkeypatch, tmp_path
+) -> None:
+    saved = dataclasses.asdict(kind(eval_cases=8))
+    monkeypatch.setattr(training, "saved_config", lambda folder: saved)
+    flags = ["--save-dir", str(tmp_path / "run"), "--resume", "--eval-cases"]
+    with pytest.raises(ValueError, match=r"eval_cases must be 8 to resume this run, .* got 64: "):
+        trainer.settings([*flags, "64"])
+    check_saved(kind, saved, {"eval_cases": 8})
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,18 @@ from copy import deepcopy
 
 import pytest
 import torch
-from stand_in import DEVICE, OnDevice, a_gpu, placed  # noqa: F401  a fixture, gpu
+from stand_in import DEVICE, Graph, OnDevice, a_gpu, placed  # noqa: F401  a fixture, gpu
 from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import policy
+from minigrpo import evaluation, policy
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
 from minigrpo.evaluation import validation_metrics
 from minigrpo.policy import ActingPolicy
-from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics
+from minigrpo.rollout import act, choice_simulator, make_rollout, rollout_metrics
 from minigrpo.sampling import StopRule, _Decoder, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 from minigrpo.update import update_policy
@@ -44,9 +44,11 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[1, :2] = not is_padded
     uniforms = torch.rand(6, LENGTH, generator=generator, dtype=torch.float64)
-    acting, stop = ActingPolicy(1.2, top_p, 9), StopRule((1,), 0, LENGTH)
+    stop, num_graphs = StopRule((1,), 0, LENGTH), []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: num_graphs.append(1) or Graph())
 
-    def assert_equal_draws(uniforms: Tensor, times: int) -> None:
+    def assert_equal_draws(uniforms: Tensor, times: int, temperature: float = 1.2) -> None:
+        acting = ActingPolicy(temperature, top_p, 9)
         drawn = None if is_greedy else uniforms
         expected = sample_completions(model, prompts, mask, 2, acting, stop, drawn)
         arguments = [OnDevice(tensor) for tensor in (prompts, mask, uniforms)]
@@ -67,6 +69,9 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
         for parameter in (*model.parameters(), *theirs.parameters()):
             parameter.mul_(0.7)
     assert_equal_draws(uniforms.flip(0), times=1)
+    recorded = len(num_graphs)
+    assert_equal_draws(uniforms, times=1, temperature=0.6)  # as with --final-temperature
+    assert len(num_graphs) == recorded > 0
     # Is there padding, is any row alive before each graph, is all finite, how long and wide is it?
     assert len(gpu.looks) <= 1 + 3 + 3
 
@@ -121,3 +126,24 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
         found = metrics(placed(train_grpo.build(config)), DEVICE)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert expected["update/grad_norm"] > 0
+
+
+def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):
+    """Rollout and validation come in batches whose number does not divide their rows."""
+    monkeypatch.setattr(evaluation, "DECODED_ROWS", 4)
+    folder, num_graphs = untrained_checkpoint(tmp_path / "init"), []
+    _, task, _ = load_task(folder)
+    config = GRPOConfig(
+        init=str(folder), prompts_per_step=5, group_size=2, rows_per_batch=4, top_p=1.0
+    )
+    starts, reward = split_starts(task.plant), train_grpo.reward_function(config, task)
+    prompts, _ = train_grpo.prompts_of_step(starts.training, config, task, 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: num_graphs.append(1) or Graph())
+    with gpu:
+        model = placed(train_grpo.build(config))
+        for step in range(4):
+            act(model, prompts, config, task, reward)
+            validation_metrics(model, starts.validation[:7], task, 0)
+            if step == 1:
+                recorded = len(num_graphs)
+    assert len(num_graphs) == recorded > 0

@@ -607,3 +607,17 @@ def test_a_baseline_for_another_plant_is_refused(folders, tmp_path):
         ValueError, match=r"baseline .*other must have the plant .*dt=0.1.*got.*dt=0.2"
     ):
         evaluate.main(["--model-path", folders["grpo"], "--baseline", other, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc"])  # where nobody can write
+def test_a_save_dir_that_cannot_be_written_is_refused_before_the_work(
+    place, folders, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate, "run_policies", None)
+    flags = ["--model-path", folders["grpo"], "--device=cpu", "--save-dir", str(tmp_path / place)]
+    expected = (
+        "/proc" if place == "/proc" else "save_dir must be a folder or become one, got .*file"
+    )
+    with pytest.raises(OSError, match=expected):
+        evaluate.main(flags)

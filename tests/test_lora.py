@@ -321,5 +321,6 @@ def test_the_initial_adapters_depend_on_the_runs_seed_alone(tmp_path: Path) -> N
 
 
 def test_unknown_targets_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"some of q_proj,.*, got lm_head,o$"):
-        GRPOConfig(lora_targets="q_proj,o,lm_head")
+    for targets, unknown in (("q_proj,o,lm_head", "'lm_head', 'o'"), ("q_proj,", "''"), ("", "''")):
+        with pytest.raises(ValueError, match=rf"some of q_proj,.*, got {unknown}$"):
+            GRPOConfig(lora_targets=targets)

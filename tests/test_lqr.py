@@ -1,10 +1,13 @@
 """LQR against dense least squares, a bounded solver, a Riccati recursion and published numbers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import lsq_linear
 
+from minigrpo.config import SFTConfig
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import (
     QuadraticCost,
@@ -256,3 +259,12 @@ def test_float32_starts_and_wrong_shapes():
 def test_bad_weights_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be positive and finite, got {value}"):
         QuadraticCost(**{field: value})
+
+
+@pytest.mark.parametrize("edge", ["at_least", "at_most"])
+def test_every_dt_that_the_settings_allow_has_a_gain(edge):
+    item = next(item for item in dataclasses.fields(SFTConfig) if item.name == "dt")
+    plant = DoubleIntegrator(dt=float(item.metadata["limits"][edge]))
+    starts = plant.start_grid()[:100]
+    costs = trajectory_cost(plant.simulate(starts, lqr_controls(starts, plant, COST)), COST)
+    assert lqr_gain(plant, COST).isfinite().all() and costs.isfinite().all()

@@ -20,7 +20,7 @@ from tiny import untrained_checkpoint
 
 import train_grpo
 import train_sft
-from minigrpo import runs
+from minigrpo import runs, training
 from minigrpo.runs import (
     HOST,
     RunFolder,
@@ -92,9 +92,25 @@ def test_the_status_is_running_until_the_run_says_otherwise(tmp_path: Path) -> N
         assert (tmp_path / "STATUS").read_text() == "running\n"
         run.finish("stopped")
     assert (tmp_path / "STATUS").read_text() == "stopped\n"
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path, overwrite=False, resume=False):
-        _ = 1 / 0
-    assert (tmp_path / "STATUS").read_text() == "running\n"
+    for status in ("failed", "finished"):
+        with pytest.raises(ZeroDivisionError), open_run(tmp_path, False, False) as run:
+            assert (tmp_path / "STATUS").read_text() == "running\n"
+            if status == "finished":
+                run.finish("finished")
+            _ = 1 / 0
+        assert (tmp_path / "STATUS").read_text() == f"{status}\n"
+        assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_status_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, text: str) -> None:
+        raise OSError("full")
+
+    with pytest.raises(ValueError, match="the first"), open_run(tmp_path, False, False):
+        monkeypatch.setattr(runs, "write_text", fail)
+        raise ValueError("the first")
     assert not (tmp_path / "LOCK").exists()
 
 
@@ -249,6 +265,14 @@ def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path, overwrite=False, resume=True)
 
 
+def test_a_file_is_no_save_dir(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        with pytest.raises(OSError, match=r"save_dir must be a folder or become one, got .*file"):
+            open_run(tmp_path / place, overwrite=True, resume=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_of_two_that_find_a_dead_owner_one_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +366,20 @@ def test_resuming_without_a_checkpoint_starts_the_logs_anew(tmp_path: Path) -> N
     with open_run(folder, overwrite=False, resume=True) as run:
         run.start(-1, 2)
         assert (folder / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_is_not_resumed_without_the_metrics_of_its_steps(tmp_path: Path) -> None:
+    """Plateau, adaptive terminal term and convergence would look back on another history."""
+    folder = finished_run(tmp_path / "run", num_steps=5)
+    path, samples = folder / "metrics.jsonl", (folder / "samples.jsonl").read_bytes()
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in (lines[:3], lines[:2] + lines[3:], []):
+        path.write_text("".join(kept)) if kept else path.unlink()
+        with open_run(folder, overwrite=False, resume=True) as run:
+            message = f"metrics.jsonl must have a line .* from 0 to 4, .* got {min(4, len(kept))}: "
+            with pytest.raises(ValueError, match=message):
+                run.start(4, 5)
+    assert (folder / "samples.jsonl").read_bytes() == samples
 
 
 def test_a_broken_line_inside_a_log_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -513,24 +551,48 @@ def test_the_deadline_is_in_minutes_and_0_is_none(
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("two\nlines"), FileNotFoundError(2, "No such file", "x.json")]
+    ("error", "status", "shown"),
+    [
+        (ValueError("two\nlines"), 2, "two lines"),
+        (FileNotFoundError(2, "No such file", "x.json"), 2, "[Errno 2] No such file: 'x.json'"),
+        (FloatingPointError("lower learning_rate"), 1, "lower learning_rate"),
+    ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(
-    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_users_mistake_is_one_line_and_its_status(
+    error: Exception,
+    status: int,
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def main() -> None:
         raise error
 
     with pytest.raises(SystemExit) as caught:
         run_command(main)
-    assert caught.value.code == 2
-    shown = {"ValueError": "two lines", "FileNotFoundError": "[Errno 2] No such file: 'x.json'"}
+    assert caught.value.code == status
     printed = capsys.readouterr()
-    assert printed.err == f"error: {shown[type(error).__name__]}\n" and not printed.out
+    assert printed.err == f"error: {shown}\n" and not printed.out
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         run_command(main)
     assert capsys.readouterr().err.startswith("error on rank 3: ")
+
+
+def test_the_notes_of_a_users_mistake_keep_their_lines_and_are_told_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> None:
+        error = ValueError("too\nlarge")
+        error.add_note("  model  1.00\n  update 2.00")
+        raise error
+
+    for rank, shown in (("0", "error: too large\n  model  1.00\n  update 2.00\n"),
+                        ("1", "error on rank 1: too large\n")):  # fmt: skip
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            run_command(main)
+        assert capsys.readouterr().err == shown
 
 
 def test_a_mistake_of_ours_is_a_traceback() -> None:
@@ -623,3 +685,18 @@ def test_a_run_is_not_overwritten_by_one_that_starts_from_it(tmp_path: Path, pla
     with pytest.raises(ValueError, match="save_dir must not be or hold the folder of model"):
         train_sft.main([*flags, "--model", start, "--horizon=2"])
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("second", "is_told"), [(1.0, True), (1.5, False)])
+def test_a_run_that_never_improved_says_that_it_publishes_its_start(
+    second: float, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    scores = iter([1.0, second])
+    found = lambda *_: {"eval/greedy_reward": next(scores)}  # noqa: E731
+    monkeypatch.setattr(training, "validation_metrics", found)
+    flags = "--device cpu --steps 1 --prompts-per-step 2 --group-size 2 --num-minibatches 1"
+    init = str(untrained_checkpoint(tmp_path / "init"))
+    train_grpo.main([*flags.split(), "--init", init, "--save-dir", str(tmp_path / "run")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("that is the model it started from") == is_told

@@ -441,13 +441,13 @@ def test_few_decoders_are_kept_and_none_of_a_model_that_is_gone(monkeypatch):
     model = Transformer(TransformerConfig("llama", 31, 16, 24, 1, 2, 2, 8))
     initialise(model, torch.Generator().manual_seed(2))
     prompts, mask = torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.bool)
-    for temperature in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
-        acting = ActingPolicy(temperature, 1.0)
+    for top_p in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4):
+        acting = ActingPolicy(1.0, top_p)
         for _ in range(2):
             stop = StopRule((1,), 0, 4)
             sample_completions(model, prompts, mask, 1, acting, stop, torch.rand(2, 4))
     kept = sampling._KEPT[model]
-    assert [batch.acting.temperature for batch in kept.decoders] == [1.2, 1.3, 1.4, 1.5]
+    assert [batch.acting.top_p for batch in kept.decoders] == [0.7, 0.6, 0.5, 0.4]
     assert len(kept.copies) == 1
     assert all(decoder.model is kept.copies[torch.float32] for decoder in kept.decoders.values())
     kept = weakref.ref(kept)

@@ -13,6 +13,7 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
+from benchmarks.study import CURVE
 from minigrpo import optim, policy, update
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
@@ -234,6 +235,15 @@ def test_what_a_flag_switches_off_is_on_in_training(flag: str, tmp_path: Path) -
     on, again, off = found
     assert all(torch.equal(on[key], again[key]) for key in on)
     assert any(not torch.equal(on[key], off[key]) for key in on)
+
+
+def test_the_study_keeps_metrics_that_there_are(tmp_path: Path) -> None:
+    """Among them what target_kl did, which no result can be asked for afterwards."""
+    init, folder = untrained_checkpoint(tmp_path / "sft"), tmp_path / "grpo"
+    flags = "--steps 1 --prompts-per-step 2 --group-size 2 --num-minibatches 2 --device cpu"
+    train_grpo.main([*flags.split(), "--init", str(init), "--save-dir", str(folder)])
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"update/num_steps", "update/max_drift"} <= set(CURVE) <= set(last)
 
 
 def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
