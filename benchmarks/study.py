@@ -256,7 +256,7 @@ def main_table() -> str:
     rows.append(("SFT, sampled at temperature 0.5", cold))
     for name, policy, title in (
         ("default_again", "grpo", "200 more steps of it at half the rate"),
-        ("default_completion", "grpo", "GRPO with credit for completions"),
+        ("default_completion", "grpo", "GRPO with one advantage a completion"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
         ("strong_again", "grpo", "140 more steps of it"),
@@ -353,6 +353,8 @@ def draw_figures(folder: Path) -> None:
     curves = {}
     for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
         curves[f"GRPO, {label}"] = [curve_of(one, key, one["seconds"]) for one in found]
+        plain = [curve_of(one, key, one["seconds"]) for one in records_of("default_completion")]
+        curves |= {f"one advantage a completion, {label}": plain} if plain else {}
         for rate, records in more.items():
             curves[f"longer SFT, {label}, {rate}"] = [
                 curve_of(one, key, one["seconds"]) for one in records

@@ -12,9 +12,11 @@ rows (0 if there are none), and h_k what precedes choice k, of T + 1 choices:
 
     gradient = sum_k  sum_a W_k(a) grad q(a | h_k)  +  F_k grad log q(u_k | h_k)
 
-The first term is exact in the choice (all actions: Sutton et al. 2001; expected policy gradients,
-1706.05374), with the counterfactual value of COMA (1705.08926), which here is computed and not
-learned. The second says what the row itself did later. With lambda = 1, F_k is R - w_k minus terms
+In other words: W is a Q-value, of the plan that goes on with v, e the value of a prefix, e_j -
+w_{j-1} a temporal difference, F a lambda-return of those to come. The first term is exact in the
+choice (all actions: Sutton et al. 2001; expected policy gradients, 1706.05374), with the
+counterfactual value of COMA (1705.08926), which here is computed and not learned. The second says
+what the row itself did later. With lambda = 1, F_k is R - w_k minus terms
 w_j - e_j of mean 0, and the gradient that of E[R], exactly, for any W that depends on nothing which
 the row chose at k or later and is the reward itself for the choice that ends a row. It is so at the
 weights that sampled, for fixed supports and before the division by s and by the number of tokens,

@@ -115,7 +115,7 @@ def plot_seed_bands(
 
     From 50 points below LQR on.
     """
-    with _picture(path, 1, 1, (7.2, 4.4)) as (_, [[axis]]):
+    with _picture(path, 1, 1, (7.2, 4.4)) as (figure, [[axis]]):
         for place, (name, seeds) in enumerate(curves.items()):
             length = min(len(values) for _, values in seeds)
             steps = np.mean([steps[:length] for steps, _ in seeds], axis=0)
@@ -130,7 +130,7 @@ def plot_seed_bands(
         axis.set_ylim(bottom=max(axis.get_ylim()[0], lqr_reward - 50))
         axis.set_xlabel(horizontal)
         axis.set_ylabel("reward (points)")
-        axis.legend()
+        figure.legend(loc="outside upper center", ncols=2)
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
