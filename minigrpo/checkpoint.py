@@ -282,12 +282,16 @@ def prune_checkpoints(run_folder: Path, keep_last: int) -> None:
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint that can be read; damaged ones are reported. Called on every rank."""
+    """The newest checkpoint that can be read, None if there is none yet. Called on every rank.
+
+    Damaged ones are reported; ValueError: all are, and to begin anew would cut the logs away.
+    """
     return from_rank_zero(lambda: _latest(run_folder))
 
 
 def _latest(run_folder: Path) -> Path | None:
-    for path in reversed(_complete(run_folder)):
+    found = _complete(run_folder)
+    for path in reversed(found):
         try:
             load_manifest(path)
             load_shape(path)
@@ -297,6 +301,11 @@ def _latest(run_folder: Path) -> Path | None:
             print(f"{path} is damaged and not used: {error}", file=sys.stderr)
         else:
             return path
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {run_folder} can be read: put one back, or "
+            "begin anew with --overwrite"
+        )
     return None
 
 
