@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     assert latest_checkpoint(tmp_path) == first
     assert f"{second} is damaged" in capsys.readouterr().err
     shutil.rmtree(first)
-    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* can be read: put one"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* can be read: put one"):
         latest_checkpoint(tmp_path)
 
 
