@@ -35,6 +35,7 @@ from minigrpo.transformer import Transformer, TransformerConfig
 C = TypeVar("C", bound=RunSettings)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNKNOWN = sys.maxsize  # bytes free
+OF_A_RUN = ("lora_rank", "eval_cases")  # what a resumed run keeps
 LIMITS = {  # of a control group, by its controller's name in version 2 and 1: folder, files
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -188,7 +189,9 @@ def check_memory(
     if peak <= free:
         return f"{lines}\n{estimated.table()}"
     refusal, helpful = f"the run must fit into memory, got {found}", []
-    for change in changes:
+    kept = OF_A_RUN if config.resume else ()
+    for wanted in changes:
+        change = {name: value for name, value in wanted.items() if name not in kept}
         less = estimate(replace(config, **change)).peak  # type: ignore[arg-type]  # of its fields
         if less < 0.99 * estimated.peak:
             flags = " ".join(_flag(name, value) for name, value in change.items())
