@@ -12,8 +12,9 @@ A block keeps for each of its tokens, E width, H heads, J key-value heads, D hea
 4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
 products, q, k, v, gate, up), and H K attention weights for K keys, in the autocast's dtype; with
 gradient checkpointing E. It is an upper bound, measured on a CPU at 1.0 to 1.6 times the truth for
-an update and 1.0 to 2.0 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
-attention weights, so it is higher there.
+an update and 1.0 to 2.0 for sampling (tests/test_memory.py). Prompts count once a row, so it is up
+to 4 times an update where a group shares a long one (`transformer.SharedPrompts`). Fused attention
+kernels (CUDA) keep no attention weights, so it is higher there.
 """
 
 from __future__ import annotations
