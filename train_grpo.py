@@ -195,7 +195,8 @@ def settings(
     given, saved = given_and_saved(GRPOConfig, arguments)
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
     init = given.get("init", saved.get("init", GRPOConfig.init))
-    check_apart(save_dir, "init", Path(str(init)))
+    if not given.get("measure_signal"):  # which writes nothing
+        check_apart(save_dir, "init", Path(str(init)))
     started = saved.get("init", init)
     if Path(str(started)).resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")

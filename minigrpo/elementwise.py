@@ -74,7 +74,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         g, n = _wide(gradient), _wide(x) * scale
         products = (g * n).flatten(0, -2)  # [tokens, E]
-        mean = torch.mv(products, weight).div_(x.shape[-1]).view(scale.shape)
+        mean = torch.mv(products, weight.to(g.dtype)).div_(x.shape[-1]).view(scale.shape)
         of_x = (g * weight).addcmul_(n, mean, value=-1).mul_(scale)
         of_weight = products.sum(dim=0) if ctx.needs_input_grad[1] else None
         return of_x.to(x.dtype), of_weight, None

@@ -103,9 +103,12 @@ def _finite(value: Json) -> Json:
 
 
 def check_apart(save_dir: Path, name: str, folder: Path) -> None:
-    """ValueError if the run's folder is or holds the one it starts from: both would be lost."""
+    """ValueError if the run's folder is or holds the one it starts from: both would be lost.
+
+    What is no folder, as a model's name on the hub, lies nowhere.
+    """
     start = folder.resolve()
-    if save_dir.resolve() in (start, *start.parents):
+    if start.exists() and save_dir.resolve() in (start, *start.parents):
         raise ValueError(
             f"save_dir must not be or hold the folder of {name}, {folder}; got {save_dir}"
         )

@@ -494,7 +494,7 @@ def rotary(
     """Cosine and signed sine of position * theta^(-2i/D), [B or 1, 1, Q, D] of [B or 1, Q]."""
     speed = rotary_frequencies(config, positions.device)  # [D/2] rad per token
     angles = rearrange(positions.float(), "b q -> b 1 q 1") * torch.cat([speed, speed])
-    # The sign of the half rotation is folded into sin: one roll, no split, negation and join.
+    # The sign of the half rotation is folded into sin: no half is negated (`elementwise.rotate`).
     signs = torch.ones(config.head_size, device=positions.device)
     signs[: config.head_size // 2] = -1
     return angles.cos().to(dtype), (angles.sin() * signs).to(dtype)

@@ -57,13 +57,23 @@ def test_gradients_are_the_differences_of_the_formulas() -> None:
     assert gradcheck(lambda a: rms_norm(a, weight.detach(), 0.3), (x,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "of_weight"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
 def test_the_gradient_by_hand_is_that_of_autograd_and_keeps_the_dtype(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, of_weight: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 as a head's norm sees it: narrow values, float32 weights, angles and arithmetic."""
+    """bfloat16 as a head's norm sees it: narrow values, float32 weights, angles and arithmetic.
+
+    And as all of a model in bfloat16 sees it.
+    """
     cos, sin = (value.float() for value in rotation(5, 8))
-    weight, found = numbers(8, seed=1).float().requires_grad_(), []
+    weight, found = numbers(8, seed=1).to(of_weight).requires_grad_(), []
     for is_by_hand in (True, False):  # the compiler is given the formulas alone
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda by_hand=is_by_hand: not by_hand)
         x = numbers(2, 3, 5, 8).to(dtype).requires_grad_()
@@ -75,7 +85,8 @@ def test_the_gradient_by_hand_is_that_of_autograd_and_keeps_the_dtype(
         )
         assert all(value.dtype == dtype for value in outputs)
         sum((value.float() * numbers(*value.shape, seed=9)).sum() for value in outputs).backward()
-        assert x.grad is not None and weight.grad is not None and x.grad.dtype == dtype
+        assert x.grad is not None and x.grad.dtype == dtype
+        assert weight.grad is not None and weight.grad.dtype == of_weight
         found.append([*outputs, x.grad, weight.grad])
     step = torch.finfo(dtype).eps
     for ours, plain in zip(*found, strict=True):

@@ -389,6 +389,25 @@ def test_advice_that_saves_less_than_a_hundredth_is_not_given(
     assert "GiB with" not in caught.value.__notes__[0]
 
 
+def test_advice_for_a_resumed_run_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its adapters and its validation starts: other ones would be refused next."""
+    monkeypatch.setattr(memory, "free_memory", gib(1))
+
+    def estimate(config: GRPOConfig) -> MemoryEstimate:
+        rows = config.micro_batch_size + config.eval_cases + config.rows_per_batch
+        return MemoryEstimate({"weights": 2**40 >> config.lora_rank}, {"rows": rows * 2**32}, {})
+
+    found = []
+    for resume in (False, True):
+        with pytest.raises(ValueError) as caught:
+            config = GRPOConfig(resume=resume)
+            check_memory(estimate, config, train_grpo.LESS_MEMORY, torch.device("cpu"))
+        found.append(caught.value.__notes__[0].count)
+    for flag in ("--lora-rank", "--eval-cases"):
+        assert found[0](flag) > 0 == found[1](flag)
+    assert all(found[1](flag) > 0 for flag in ("--rows-per-batch 16\n", "--micro-batch-size 1 "))
+
+
 def test_what_fits_is_a_table_of_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = MemoryEstimate({"weights": 2**30, "reference": 0}, {"KV cache": 2**31}, {"a": 2**29})
     monkeypatch.setattr(memory, "free_memory", gib(3.5))

@@ -480,6 +480,18 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precisio
             assert close < 1e-3 < rollout.choices.values[again].abs().max()
 
 
+def test_dr_grpo_divides_by_what_the_task_allows_and_dapo_by_what_was_written() -> None:
+    found = []
+    for aggregation in ("dapo", "dr_grpo"):
+        model, config = a_model(), replace(CONFIG, aggregation=aggregation, temperature=4.0)
+        rollout, _ = rolled(config)
+        accumulate_gradient(model, rollout, torch.arange(15), config)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    written, allowed = int(rollout.completion_mask.sum()), 15 * TASK.max_completion_length
+    assert written != allowed and found[0].abs().max() > 1e-3
+    assert torch.allclose(found[0] * written, found[1] * allowed, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gradient_of_choices_does_not_depend_on_micro_batches_or_minibatch_scoring() -> None:
     config = replace(CONFIG, credit="choice", advantage_std="batch", micro_batch_size=15)
     found = []

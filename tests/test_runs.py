@@ -687,6 +687,22 @@ def test_a_run_is_not_overwritten_by_one_that_starts_from_it(tmp_path: Path, pla
     assert contents(folder) == before
 
 
+def test_only_a_folder_that_would_be_written_over_is_in_the_way_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a model's name on the hub, which would be a path too, and not what is only looked at."""
+    folder, parts = finished_run(tmp_path / "run"), "--group-size 2 --prompts-per-step 2 --init"
+    (folder / "checkpoints").mkdir()
+    start = untrained_checkpoint(folder / "checkpoints" / "step-000002")
+    flags, before = ["--save-dir", str(folder), "--device=cpu"], contents(folder)
+    train_grpo.main([*flags, "--measure-signal=3", *parts.split(), str(start)])
+    assert "gradients of 3 rollouts" in capsys.readouterr().out and contents(folder) == before
+    monkeypatch.chdir(tmp_path)
+    for save_dir in (".", "somebody"):
+        with pytest.raises(ValueError, match="model 'somebody/tiny' is no folder"):
+            train_sft.main(["--save-dir", save_dir, "--model", "somebody/tiny"])
+
+
 @pytest.mark.parametrize(("second", "is_told"), [(1.0, True), (1.5, False)])
 def test_a_run_that_never_improved_says_that_it_publishes_its_start(
     second: float, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
