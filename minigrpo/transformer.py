@@ -430,9 +430,10 @@ class SharedPrompts:
         causal = bias[0, :, length:, length:].repeat(1, q.shape[1] // k.shape[1], 1)  # [1, R S, S]
         on_own = torch.baddbmm(causal, queries, keys.mT, alpha=scale)
         weights = F.softmax(torch.cat([on_prompt, on_own], dim=2), dim=2)
-        of_prompt = rearrange(weights[:, :, :length], "(b g) s l -> b (g s) l", g=sizes["g"])
+        of_prompt, of_own = torch.split(weights, [length, weights.shape[2] - length], dim=2)
+        of_prompt = rearrange(of_prompt, "(b g) s l -> b (g s) l", g=sizes["g"])
         mixed = rearrange(of_prompt @ shared_values, "b (g s) d -> (b g) s d", g=sizes["g"])
-        mixed = torch.baddbmm(mixed, weights[:, :, length:], values)
+        mixed = torch.baddbmm(mixed, of_own, values)
         of_rows = rearrange(
             mixed, "(p j g) (r s) d -> 1 (j r) (p g s) d", s=causal.shape[2], **sizes
         )
