@@ -350,8 +350,7 @@ def draw_figures(folder: Path) -> None:
     found = records_of("default")
     more = {rate: records_of(f"more_sft_{rate}") for rate in MORE_SFT}
     more = {rate: records for rate, records in more.items() if records and rate != "strong"}
-    arms = {"GRPO": found, "one advantage a completion": records_of("default_completion")}
-    arms |= {f"longer SFT, {rate}": records for rate, records in more.items()}
+    arms = {"GRPO": found} | {f"longer SFT, {rate}": records for rate, records in more.items()}
     curves = {}
     for key, label in (("eval/greedy_reward", "greedy"), ("eval/sampled_reward", "sampled")):
         for arm, records in arms.items():
@@ -360,6 +359,16 @@ def draw_figures(folder: Path) -> None:
                 curves[f"{arm}, {label}"] = [curve_of(one, key, seconds) for one in records]
     lqr = found[0]["curve"][0]["eval/lqr_reward"]
     plots.plot_seed_bands(folder / "learning_curves.png", curves, lqr, "processor time (s)")
+    credits = {
+        f"{credit}, {label}": [curve_of(one, f"eval/{label}_reward") for one in records_of(arm)]
+        for label in ("greedy", "sampled")
+        for arm, credit in (
+            ("default", "credit for each control"),
+            ("default_completion", "one advantage a completion"),
+        )
+    }
+    if all(credits.values()):
+        plots.plot_seed_bands(folder / "credit.png", credits, lqr, "step")
     strong = {
         f"GRPO, {label}": [curve_of(one, f"eval/{label}_reward") for one in records_of("strong")]
         for label in ("greedy", "sampled")
