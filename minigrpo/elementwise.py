@@ -40,8 +40,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of the last dimension (2002.05202)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return _gated(gate_up)
     out: Tensor = _GatedSilu.apply(gate_up)  # type: ignore[no-untyped-call]
     return out
 
@@ -103,6 +102,11 @@ class _Rotation(torch.autograd.Function):
         return _turned(gradient, cos, -sin), None, None
 
 
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class _GatedSilu(torch.autograd.Function):
     """y = silu(a) b, a and b halves of one tensor, as is the gradient: no copy joins its halves.
 
@@ -112,8 +116,7 @@ class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated(gate_up)
 
     @staticmethod
     @once_differentiable

@@ -403,10 +403,9 @@ class SharedPrompts:
         prompt. On a CPU a softmax joins two products: of the queries of a whole group with the keys
         of their prompt, and of each row's queries with its own keys.
         """
-        is_prompts_alone = (
-            q.shape[2] == self.num_prompts * self.prompt_length
-        )  # one token is scored
-        if q.is_cuda or bias is None or is_prompts_alone:
+        # Rows of one token are scored without feeding it: then the prompts are all there is.
+        has_rows = q.shape[2] > self.num_prompts * self.prompt_length
+        if q.is_cuda or bias is None or not has_rows:
             q, k, v = (self.spread(x) for x in (q, k, v))
             return self.pack(attend(q, k, v, bias, is_causal))
         length, scale = self.prompt_length, q.shape[3] ** -0.5
