@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def reward_of(rows: list[list[int]]) -> list[float]:
 
 
 def our_arm(
-    item: Item, folder: Path, steps: int, is_mixed: bool, is_fused: bool, device: str
+    item: Item, folder: Path, steps: int, device: str, is_mixed: bool, is_fused: bool
 ) -> dict[str, Any]:
     """GRPO steps out of minigrpo's own pieces: seconds of each, and by phase."""
     from minigrpo.grpo import Objective, group_advantages, grpo_loss, loss_denominator
@@ -217,7 +218,13 @@ def our_arm(
 
 
 def trl_arm(
-    item: Item, folder: Path, steps: int, is_mixed: bool, is_tuned: bool, device: str
+    item: Item,
+    folder: Path,
+    steps: int,
+    device: str,
+    is_mixed: bool,
+    is_fused: bool,
+    is_tuned: bool,
 ) -> dict[str, Any]:
     """The same steps by TRL's GRPOTrainer."""
     datasets, trl, transformers = map(importlib.import_module, ("datasets", "trl", "transformers"))
@@ -246,6 +253,7 @@ def trl_arm(
     micro_batch = min(rows, item.micro_batch, 32 if device == "cuda" else rows)
     config = trl.GRPOConfig(
         output_dir=str(folder / "trl"), use_cpu=device == "cpu", bf16=is_mixed, tf32=None,
+        torch_compile=is_fused,
         gradient_checkpointing=False, per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=rows // micro_batch,
         num_generations=item.group_size, max_completion_length=item.length, beta=0.01,
@@ -267,22 +275,31 @@ def trl_arm(
     return {"phases": {"step": seconds[1:]}, "peak_gb": peak_gb(device)}
 
 
+# bf16: autocast. fused: what is element-wise compiled, TRL's whole model. "trl" is TRL as it is
+# installed; all its other arms are tuned: the products that ours picks, freed memory kept.
 ARMS: dict[str, Callable[[Item, Path, int, str], dict[str, Any]]] = {
-    "ours": lambda item, folder, steps, device: our_arm(item, folder, steps, False, False, device),
-    "ours_bf16": lambda item, folder, steps, device: our_arm(
-        item, folder, steps, True, False, device
-    ),
-    "ours_fused": lambda item, folder, steps, device: our_arm(
-        item, folder, steps, True, True, device
-    ),
-    "trl": lambda item, folder, steps, device: trl_arm(item, folder, steps, False, False, device),
-    "trl_tuned": lambda item, folder, steps, device: trl_arm(
-        item, folder, steps, False, True, device
-    ),
-    "trl_bf16": lambda item, folder, steps, device: trl_arm(
-        item, folder, steps, True, True, device
-    ),
+    "ours": partial(our_arm, is_mixed=False, is_fused=False),
+    "ours_fused": partial(our_arm, is_mixed=False, is_fused=True),
+    "ours_bf16": partial(our_arm, is_mixed=True, is_fused=False),
+    "ours_bf16_fused": partial(our_arm, is_mixed=True, is_fused=True),
+    "trl": partial(trl_arm, is_mixed=False, is_fused=False, is_tuned=False),
+    "trl_tuned": partial(trl_arm, is_mixed=False, is_fused=False, is_tuned=True),
+    "trl_fused": partial(trl_arm, is_mixed=False, is_fused=True, is_tuned=True),
+    "trl_bf16": partial(trl_arm, is_mixed=True, is_fused=False, is_tuned=True),
+    "trl_bf16_fused": partial(trl_arm, is_mixed=True, is_fused=True, is_tuned=True),
 }
+# Ours against its peers, as the last line prints them, on each device.
+PAIRS = {
+    "cpu": (
+        ("trl", "ours"), ("trl_tuned", "ours"), ("trl", "ours_fused"), ("trl_tuned", "ours_fused"),
+        ("trl_fused", "ours_fused"), ("trl_bf16", "ours_bf16"), ("trl_bf16", "ours_bf16_fused"),
+        ("trl_bf16_fused", "ours_bf16_fused"),
+    ),
+    "cuda": (
+        ("trl_bf16", "ours_bf16"), ("trl_bf16", "ours_bf16_fused"),
+        ("trl_bf16_fused", "ours_bf16_fused"),
+    ),
+}  # fmt: skip
 
 
 def now(device: str) -> float:
@@ -308,7 +325,7 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
     command += ["--device", given.device, "--steps", str(steps)]
     if given.core is not None:
         command = ["taskset", "-c", str(given.core), *command]
-    env = dict(FAST if arm in ("trl_tuned", "trl_bf16") else os.environ)
+    env = dict(os.environ if is_ours or arm == "trl" else FAST)
     root = str(Path(__file__).resolve().parents[1])
     env |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     if arm != "trl":  # as it is installed: without our folder in its path
@@ -325,17 +342,15 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 def step(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """All arms in turn, `loops` times; ratios of medians with the worst and the best pairing."""
-    arms = ["ours", "ours_bf16"] if given.device == "cpu" else ["ours_bf16", "ours_fused"]
-    if given.peer_python:
-        arms += ["trl", "trl_tuned", "trl_bf16"] if given.device == "cpu" else ["trl_bf16"]
-    arms = [arm for arm in arms if not given.arms or arm in given.arms.split(",")]
+    arms = given.arms.split(",") if given.arms else DEFAULT_ARMS[given.device].split(",")
+    arms = [arm for arm in arms if given.peer_python or arm.startswith("ours")]
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for loop in range(given.loops):
         for arm in arms if loop % 2 == 0 else arms[::-1]:
             found[arm].append(run_arm(arm, given, folder))
             report["arms"] = found
             save(report, given.out)
-            print(f"loop {loop} {arm:10s} {json.dumps(found[arm][-1])[:150]}", flush=True)
+            print(f"loop {loop} {arm:15s} {json.dumps(found[arm][-1])[:150]}", flush=True)
 
 
 def seconds_of(report: dict[str, Any], arm: str) -> list[float]:
@@ -355,7 +370,7 @@ def ratio(report: dict[str, Any], peer: str, ours: str) -> str:
 def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
     """What the script is for: the distance to the floor and to TRL."""
     is_cuda, rates = report["device"] == "cuda", report.get("ceilings")
-    arm = "ours_fused" if is_cuda else "ours"
+    arm = "ours_bf16_fused" if is_cuda else "ours"
     loops = [loop["phases"] for loop in report.get("arms", {}).get(arm, []) if "phases" in loop]
     lines = ["RATIO not measured"]
     if loops and isinstance(rates, dict):
@@ -365,16 +380,8 @@ def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
         shares = "  ".join(f"{phase} {measured[phase] / floors[phase]:.2f}" for phase in floors)
         total = f"(floor {floors['step']:.2f} s, measured {measured['step']:.2f} s)"
         lines = [f"RATIO {shares}  {total}"]
-    if is_cuda:
-        found = (f"{arm} {ratio(report, 'trl_bf16', arm)}" for arm in ("ours_bf16", "ours_fused"))
-        lines.append(f"SPEEDUP vs TRL 1.16.0, both bf16, no checkpointing: {', '.join(found)}")
-        return lines
-    lines.append(
-        f"SPEEDUP vs TRL 1.16.0 as installed {ratio(report, 'trl', 'ours')}, tuned "
-        f"{ratio(report, 'trl_tuned', 'ours')}, both bf16 {ratio(report, 'trl_bf16', 'ours_bf16')}"
-        "  (same shapes, machine and run)"
-    )
-    return lines
+    found = (f"{p} over {o} {ratio(report, p, o)}" for p, o in PAIRS[report["device"]])
+    return [*lines, f"SPEEDUP vs TRL 1.16.0, same shapes, machine and run: {'; '.join(found)}"]
 
 
 def ceilings(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
@@ -708,6 +715,10 @@ SECTIONS: dict[str, Callable[[Item, argparse.Namespace, Path, dict[str, Any]], N
     "correct": correct, "ceilings": ceilings, "step": step, "simulator": simulator,
     "parts": parts, "scaling": scaling, "decode": decode, "rollout": rollout, "train": train,
 }  # fmt: skip
+DEFAULT_ARMS = {
+    "cpu": "ours,ours_bf16,trl,trl_tuned,trl_bf16",
+    "cuda": "ours_bf16,ours_bf16_fused,trl_bf16",
+}
 DEFAULT = {
     "cpu": "correct,ceilings,step,simulator",
     "cuda": "ceilings,correct,decode,rollout,train,step,simulator",
@@ -735,7 +746,7 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         default="",
-        help="only these, with commas: ours, ours_bf16, ours_fused, trl, trl_tuned, trl_bf16",
+        help=f"with commas, of {', '.join(ARMS)}; a fused one compiles for a minute or two",
     )
     parser.add_argument("--budget-s", type=float, default=3600.0)
     parser.add_argument("--out", default="")
@@ -744,6 +755,8 @@ def main() -> None:
     given = parser.parse_args()
     given.item = given.item or ("tiny" if given.device == "cpu" else "gpu-ref")
     item = ITEMS[given.item]
+    if unknown := set(filter(None, given.arms.split(","))) - set(ARMS):
+        parser.error(f"--arms must be of {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
     if given.device == "cpu":
         torch.set_num_threads(1)
     if given.arm:
