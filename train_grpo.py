@@ -29,15 +29,22 @@ from tqdm import tqdm
 from minigrpo.checkpoint import Manifest, load_task, save_batch
 from minigrpo.config import GRPOConfig, Resolved, Value, resolve
 from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
-from minigrpo.data import Prompts, Task, make_prompts, prompt_length, split_starts, training_starts
+from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_starts, training_starts
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
+from minigrpo.policy import shared_from
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
-from minigrpo.rollout import choice_simulator, make_rollout, rollout_metrics, sample_records
+from minigrpo.rollout import (
+    choice_simulator,
+    make_rollout,
+    rollout_metrics,
+    rows_per_prompt,
+    sample_records,
+)
 from minigrpo.runs import check_apart, run_command, set_matmul_precision
 from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training, given_and_saved, opened
@@ -132,11 +139,13 @@ def estimate_memory(
     prompts = math.ceil(config.prompts_per_step / world_size())
     together = min(prompts, max(1, config.rows_per_batch // config.group_size))
     validated = min(config.eval_cases, DECODED_ROWS)
-    num_rows = prompts * config.group_size
+    num_rows, lengths = prompts * config.group_size, prompt_lengths(task)
+    is_shared = len(lengths) == 1 and max(lengths) >= shared_from(is_on_cuda)
     work = Workload(
-        prompt_length=prompt_length(task),
+        prompt_length=max(lengths),
         completion_length=task.max_completion_length,
         micro_rows=min(config.micro_batch_size, math.ceil(num_rows / config.num_minibatches)),
+        rows_per_prompt=rows_per_prompt(config) if is_shared else 1,
         num_decoded=max(validated, together * config.group_size),
         num_prefilled=max(validated, together),
         num_rows=num_rows,

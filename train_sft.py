@@ -24,7 +24,7 @@ from minigrpo.data import (
     demonstrations,
     disturbances,
     keyed_generator,
-    prompt_length,
+    prompt_lengths,
     split_starts,
 )
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
@@ -115,7 +115,7 @@ def estimate_memory(
     """What a step and a validation of this run take on one rank."""
     decoded = min(config.eval_cases, DECODED_ROWS)
     work = Workload(
-        prompt_length=prompt_length(task),
+        prompt_length=max(prompt_lengths(task)),
         completion_length=task.max_completion_length,
         micro_rows=min(config.micro_batch_size, math.ceil(config.batch_size / world_size())),
         num_decoded=decoded,

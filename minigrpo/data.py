@@ -97,10 +97,11 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
     return Prompts(initial_states, indices, texts, tokens, mask)
 
 
-def prompt_length(task: Task) -> int:
-    """Tokens of a long prompt, that of a start with two negative numbers."""
-    lowest = torch.full((2,), -task.plant.start_bound, dtype=torch.float64)
-    return len(encode_prompt(task.tokenizer, lowest, task.plant, task.codec))
+def prompt_lengths(task: Task) -> set[int]:
+    """How many tokens prompts have, by the starts whose two numbers are the same."""
+    grid = task.plant.start_grid()
+    starts = grid[grid[:, 0] == grid[:, 1]]
+    return {len(encode_prompt(task.tokenizer, s, task.plant, task.codec)) for s in starts}
 
 
 def training_starts(

@@ -11,14 +11,16 @@
 A block keeps for each of its tokens, E width, H heads, J key-value heads, D head size, F MLP width:
 4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
 products, q, k, v, gate, up), and H K attention weights for K keys, in the autocast's dtype; with
-gradient checkpointing E. It is an upper bound, measured on a CPU at 1.0 to 1.6 times the truth for
-an update and 1.0 to 2.0 for sampling (tests/test_memory.py). Prompts count once a row, so it is up
-to 4 times an update where a group shares a long one (`transformer.SharedPrompts`). Fused attention
-kernels (CUDA) keep no attention weights, so it is higher there.
+gradient checkpointing E. A prompt's tokens count once for the rows that share it
+(`transformer.SharedPrompts`); each of these has another copy of its H D + 2 J D, on CUDA with its
+prompt's. It is an upper bound, measured on a CPU at 1.0 to 1.8 times the truth for an update and
+1.0 to 2.0 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no attention
+weights, so it is higher there.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +54,7 @@ class Workload:
     micro_rows: int  # of a training forward
     num_decoded: int  # rows decoded together
     num_prefilled: int  # prompts of them
+    rows_per_prompt: int = 1  # of a training forward's, which feed it once
     num_rows: int = 0  # completions kept for the update; 0 in supervised training
     support_size: int = 0  # 0: untruncated
     has_reference: bool = False  # as a second copy
@@ -109,8 +112,13 @@ def memory_estimate(
     length = work.prompt_length + work.completion_length
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * 4  # of one token
     prefilled = work.num_prefilled * work.prompt_length
-    tokens = work.micro_rows * (length - 1)
+    tokens, copied = work.micro_rows * (length - 1), 0
+    if work.rows_per_prompt > 1:
+        copied = tokens if work.is_on_cuda else work.micro_rows * (work.completion_length - 1)
+        num_prompts = math.ceil(work.micro_rows / work.rows_per_prompt)
+        tokens = work.micro_rows * (work.completion_length - 1) + num_prompts * work.prompt_length
     block = tokens * _bytes_of_a_block(shape, length - 1, narrow)
+    block += copied * narrow * shape.head_size * (shape.num_heads + 2 * shape.num_kv_heads)
     kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
     column = work.micro_rows * shape.vocab_size  # logits of one position
     chunk = min(max(chunk_elements(work.is_on_cuda), column), column * work.completion_length)

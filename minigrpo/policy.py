@@ -403,8 +403,7 @@ def completion_scores(
 
     num_rows, (num_prompts, length) = len(completion_tokens), prompt_tokens.shape
     if num_rows > num_prompts:
-        least = SHARED_FROM * (4 if prompt_mask.is_cuda else 1)
-        if length >= least and bool(prompt_mask.all()):
+        if length >= shared_from(prompt_mask.is_cuda) and bool(prompt_mask.all()):
             shared = SharedPrompts(num_prompts, length, num_rows)
             tokens = torch.cat([prompt_tokens.flatten(), completion_tokens[:, :-1].flatten()])
             found = model(
@@ -435,6 +434,11 @@ def completion_scores(
         return head(hidden.gather(1, index), head_weight)
 
     return TokenScores(*model(tokens, None, None, output))
+
+
+def shared_from(is_on_cuda: bool) -> int:
+    """Tokens of a prompt from which on it goes once through the model for its group."""
+    return SHARED_FROM * (4 if is_on_cuda else 1)
 
 
 def chunk_elements(is_on_cuda: bool) -> int:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigrpo.data import Task, demonstrations, make_prompts
+from minigrpo.data import Task, demonstrations, make_prompts, prompt_lengths
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.prompts import Codec, parse_controls, prompt_text, render_controls, system_text
@@ -83,6 +83,20 @@ def test_every_number_of_the_grid_is_one_token_and_comes_back():
     parsed = parse_controls([text], torch.tensor([True]), DoubleIntegrator(horizon=1), NUMBERS)
     assert text == unused[0] + " 0.10" and not parsed.is_valid.item()  # seen, so malformed
     assert NUMBER_TOKENIZER.unk_token_id not in {row[0] for row in ids}
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_prompt_lengths_are_those_of_all_prompts(is_chat):
+    """To the chat tokenizer one number is a single token, so its prompts are not equally long."""
+    plant = DoubleIntegrator(start_decimals=1)
+    tokenizer, codec = NUMBER_TOKENIZER, NUMBERS
+    if is_chat:
+        tokenizer, codec = chat_tokenizer(), WORDS
+        tokenizer.add_tokens(["+0.5"])
+    every = [len(encode_prompt(tokenizer, s, plant, codec)) for s in plant.start_grid()]
+    found = prompt_lengths(Task(plant, QuadraticCost(), codec, tokenizer, 51))
+    assert (len(found) > 1) == (len(set(every)) > 1) == is_chat
+    assert max(found) == max(every)
 
 
 @pytest.mark.parametrize(
