@@ -123,6 +123,7 @@ LONG_GRPO = {
     "default": "",
     "default_again": "--learning-rate 2.5e-4 --decay-steps 190",  # from what default published
     "default_completion": "--credit completion",
+    "bfloat16": "--precision bfloat16",
     "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} | --steps 120",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
@@ -257,6 +258,7 @@ def main_table() -> str:
     for name, policy, title in (
         ("default_again", "grpo", "200 more steps of it at half the rate"),
         ("default_completion", "grpo", "GRPO with one advantage a completion"),
+        ("bfloat16", "grpo", "GRPO in bfloat16"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
         ("strong_again", "grpo", "140 more steps of it"),
