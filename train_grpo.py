@@ -5,7 +5,7 @@
     3  read the controls, simulate, score                  rollout.act
     4  compare each reward with its group's, or each       grpo.group_advantages
        control with all others there were                  counterfactual.choice_values
-    5  log-probs of what was sampled: now, then, reference policy.completion_scores
+    5  log-probs of what was sampled: now, then, reference scoring.completion_scores
     6  clipped objective and KL, summed over a minibatch   grpo.grpo_loss
     7  one AdamW step for each minibatch                   update.update_policy
 
@@ -36,7 +36,6 @@ from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_t
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
-from minigrpo.policy import shared_from
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import (
     choice_simulator,
@@ -46,6 +45,7 @@ from minigrpo.rollout import (
     sample_records,
 )
 from minigrpo.runs import check_apart, run_command, set_matmul_precision
+from minigrpo.scoring import shared_from
 from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training, given_and_saved, opened
 from minigrpo.transformer import Transformer, TransformerConfig, load_transformer

@@ -156,10 +156,11 @@ def our_arm(
     """GRPO steps out of minigrpo's own pieces: seconds of each, and by phase."""
     from minigrpo.grpo import Objective, group_advantages, grpo_loss, loss_denominator
     from minigrpo.optim import adamw
-    from minigrpo.policy import ActingPolicy, completion_scores
+    from minigrpo.policy import ActingPolicy
     from minigrpo.rollout import rows_of
     from minigrpo.runs import keep_freed_memory, set_matmul_precision
     from minigrpo.sampling import Completions, StopRule, sample_completions
+    from minigrpo.scoring import completion_scores
     from minigrpo.transformer import Transformer, load_transformer
 
     keep_freed_memory()
@@ -436,8 +437,9 @@ def correct(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
     """Logits, log-probs and gradients equal transformers'; drawn tokens fit the softmax."""
     from transformers import AutoModelForCausalLM
 
-    from minigrpo.policy import ActingPolicy, completion_scores
+    from minigrpo.policy import ActingPolicy
     from minigrpo.sampling import StopRule, sample_completions
+    from minigrpo.scoring import completion_scores
     from minigrpo.transformer import load_transformer, logits, to_hugging_face
 
     torch.set_float32_matmul_precision("highest")
@@ -671,7 +673,7 @@ def rollout(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
 
 def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """CUDA: forward and backward by micro-batch, plain and compiled a block at a time."""
-    from minigrpo.policy import completion_scores
+    from minigrpo.scoring import completion_scores
     from minigrpo.transformer import load_transformer
 
     rate = report.get("ceilings", {}).get("bfloat16_gflops", float("nan"))

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the trainer s
 import minigrpo.rollout
 import minigrpo.update
 import train_grpo
-from minigrpo.policy import completion_scores
 from minigrpo.runs import run_command
+from minigrpo.scoring import completion_scores
 
 
 def scored_by_the_whole_softmax(  # type: ignore[no-untyped-def]

@@ -32,7 +32,7 @@ import torch
 from minigrpo.config import RunSettings, Value
 from minigrpo.distributed import local_world_size, max_over_ranks
 from minigrpo.lora import add_adapters
-from minigrpo.policy import chunk_elements
+from minigrpo.scoring import chunk_elements
 from minigrpo.transformer import Transformer, TransformerConfig
 
 C = TypeVar("C", bound=RunSettings)

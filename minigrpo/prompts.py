@@ -93,7 +93,7 @@ def prompt_text(initial_state: Tensor, plant: DoubleIntegrator, codec: Codec) ->
     if codec.style == "numbers":
         return f"position {position} velocity {velocity} controls"
     # A sign in any case: prompts of equally many tokens need no padding, and so go once through the
-    # model for all rows of a group (`policy.completion_scores`).
+    # model for all rows of a group (`scoring.completion_scores`).
     position, velocity = (f"{value:+z.{decimals}f}" for value in values)
     return (
         f"The position is {position} m and the velocity is {velocity} m/s. Write {plant.horizon} "

@@ -25,10 +25,11 @@ from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
 from minigrpo.grpo import advantage_scale, constant_groups, group_advantages
 from minigrpo.lora import adapters_off
-from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import RewardFunction, Rewards, tally_of
 from minigrpo.sampling import Completions, StopRule, sample_completions
+from minigrpo.scoring import completion_scores
 from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer

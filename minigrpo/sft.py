@@ -22,7 +22,8 @@ from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch, keyed_generator
 from minigrpo.distributed import backward, cut_like, max_over_ranks, sum_over_ranks, whole
 from minigrpo.optim import apply_gradient, set_learning_rate
-from minigrpo.policy import in_chunks, tempered
+from minigrpo.policy import tempered
+from minigrpo.scoring import in_chunks
 from minigrpo.tokenizer import number_kernel
 from minigrpo.transformer import Transformer
 

@@ -27,8 +27,8 @@ from minigrpo.grpo import (
     merge_metrics,
 )
 from minigrpo.optim import apply_gradient, set_learning_rate
-from minigrpo.policy import completion_scores
 from minigrpo.rollout import Rollout, minibatches, rows_of, rows_per_prompt
+from minigrpo.scoring import completion_scores
 from minigrpo.transformer import Transformer
 
 MAX_SKIPPED_IN_A_ROW = 3

@@ -19,8 +19,9 @@ EDGES = {
     "plots": "",
     "double_integrator": "shapes",
     "policy": "shapes transformer",
+    "scoring": "transformer policy",
     "lora": "distributed transformer",
-    "memory": "config distributed transformer policy lora",
+    "memory": "config distributed transformer scoring lora",
     "runs": "distributed",
     "lqr": "shapes double_integrator",
     "prompts": "shapes double_integrator",
@@ -29,12 +30,12 @@ EDGES = {
     "tokenizer": "double_integrator prompts",
     "counterfactual": "shapes double_integrator lqr reward",
     "data": "shapes double_integrator lqr prompts tokenizer",
-    "sft": "config distributed transformer optim policy tokenizer data",
+    "sft": "config distributed transformer optim policy scoring tokenizer data",
     "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "
-    "lora prompts sampling reward tokenizer data",
+    "scoring lora prompts sampling reward tokenizer data",
     "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
     "rollout",
-    "update": "config counterfactual distributed transformer grpo optim policy rollout",
+    "update": "config counterfactual distributed transformer grpo optim scoring rollout",
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer double_integrator lora runs lqr prompts "
     "tokenizer data rollout",

@@ -23,9 +23,10 @@ from minigrpo.counterfactual import (
 )
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, lqr_controls
-from minigrpo.policy import completion_scores, score_all, score_logits
+from minigrpo.policy import score_logits
 from minigrpo.prompts import Codec
 from minigrpo.reward import Rewards, RewardWeights, Tally, tally_of, tally_rewards
+from minigrpo.scoring import completion_scores, score_all
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
@@ -383,7 +384,7 @@ def test_neither_mean_values_nor_their_gradient_depend_on_chunks(
     mask = torch.ones(3, 4).bool()
     found = []
     for elements in (2**27, 3 * 11 * 2):
-        monkeypatch.setattr("minigrpo.policy.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("minigrpo.scoring.CHUNK_ELEMENTS", elements)
         model.zero_grad()
         scores = completion_scores(model, tokens[:, :4], mask, tokens[:, 4:], support, 1.3, basis)
         assert scores.mass is not None

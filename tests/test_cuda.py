@@ -9,10 +9,11 @@ import torch
 from minigrpo.counterfactual import choice_values, later_values, read_plans
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
-from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import Codec
 from minigrpo.reward import RewardWeights, tally_rewards
 from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.scoring import completion_scores
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
@@ -112,7 +113,7 @@ def test_a_graph_sees_the_weights_of_now():
 def test_scores_and_gradients_are_those_of_the_cpu(
     model_type, padded, is_fused, shared_from, monkeypatch
 ):
-    monkeypatch.setattr("minigrpo.policy.SHARED_FROM", shared_from)
+    monkeypatch.setattr("minigrpo.scoring.SHARED_FROM", shared_from)
     model, prompts, mask, _, _ = work(model_type, padded)
     tokens = torch.randint(2, model.config.vocab_size, (2 * len(prompts), 11))
     found = []

@@ -12,7 +12,7 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import evaluation, policy
+from minigrpo import evaluation, scoring
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
@@ -89,8 +89,8 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
 def test_rollout_update_and_validation_are_those_of_the_cpu(
     gpu, monkeypatch, tmp_path, changes, shared_from, chunk
 ):
-    monkeypatch.setattr(policy, "SHARED_FROM", shared_from)
-    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(scoring, "SHARED_FROM", shared_from)
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", chunk)
     folder = untrained_checkpoint(tmp_path / "init")
     shape, task, _ = load_task(folder)
     settings = {

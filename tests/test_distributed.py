@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import distributed, policy
+from minigrpo import distributed, scoring
 from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
@@ -217,7 +217,7 @@ def assert_close(got: dict[str, object], expected: dict[str, object], tolerance:
 
 def shared_gradients(variants: list[GRPOConfig]) -> dict[str, object]:
     """`grpo_gradients` where a prompt goes once through the model for its group."""
-    policy.SHARED_FROM = 1
+    scoring.SHARED_FROM = 1
     return grpo_gradients(variants, is_padded=False)
 
 

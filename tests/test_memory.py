@@ -16,7 +16,7 @@ from watch import Watch
 
 import train_grpo
 import train_sft
-from minigrpo import memory, policy
+from minigrpo import memory, scoring
 from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.counterfactual import NUM_COLUMNS, Plans, choice_values, rows_at_once
 from minigrpo.data import SFTBatch, Task
@@ -25,9 +25,10 @@ from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
-from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.policy import ActingPolicy
 from minigrpo.reward import RewardWeights, tally_rewards
 from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.scoring import completion_scores
 from minigrpo.sft import sft_loss
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 
@@ -302,7 +303,7 @@ def test_no_tensor_of_all_logits_exists_and_value_and_gradient_are_the_naive_one
     prompts, completions = some_tokens(3, 5, high=5003), some_tokens(3, 37, high=5003)
     results = []
     for function in (loss_of, naive_loss):
-        monkeypatch.setattr(policy, "CHUNK_ELEMENTS", limit)
+        monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", limit)
         model.zero_grad()
         with Watch(*model.parameters(), prompts, completions) as watch:
             loss = function(model, prompts, completions, kind)

@@ -9,17 +9,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minigrpo import policy
 from minigrpo.policy import (
     ActingPolicy,
     Nucleus,
     _largest_by_blocks,
-    completion_scores,
     draw,
     draw_untruncated,
     nucleus,
     score_logits,
 )
+from minigrpo.scoring import completion_scores
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 
 
@@ -229,31 +228,6 @@ def test_a_support_of_one_token_has_logprob_zero_and_no_gradient():
     assert scores.logprobs == 0 and not z.grad.any()
 
 
-@pytest.mark.parametrize("is_banned", [False, True])
-def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
-    generator = torch.Generator().manual_seed(5)
-    z = (3 * torch.randn(2, 5, 13, generator=generator)).double()
-    tokens = torch.randint(6, (2, 5), generator=generator)
-    if is_banned:
-        z[:, :, 7] = -torch.inf
-    weights = torch.randn(2, 5, generator=generator).double()
-    found = []
-    for way in (score_logits, policy.score_untruncated):
-        rest = (None, 1.0) if way is score_logits else (True, False)
-        leaf = z.clone().requires_grad_()
-        scores = way(leaf, tokens, *rest)
-        (weights * scores.logprobs).sum().backward()
-        found.append((scores.logprobs.detach(), scores.entropy, leaf.grad))
-    for theirs, ours in zip(*found, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
-    basis = torch.rand(13, 3, generator=generator)
-    assert torch.equal(policy.score_all(z, tokens, basis, True).entropy, found[0][1])
-    assert policy.score_untruncated(z, tokens, False, False).entropy is None
-    half = z.bfloat16().requires_grad_()
-    policy.score_untruncated(half, tokens, False, False).logprobs.sum().backward()
-    assert half.grad.dtype == torch.bfloat16
-
-
 def test_half_precision_logits_are_scored_in_float32():
     z = rows_of(3, 6, 13, "distinct").view(2, 3, 13).bfloat16()
     tokens = torch.randint(13, (2, 3), generator=torch.Generator().manual_seed(0))
@@ -262,146 +236,6 @@ def test_half_precision_logits_are_scored_in_float32():
     exact = torch.log_softmax(z.double() / 1.5, dim=-1).gather(-1, tokens.view(2, 3, 1))
     assert torch.allclose(scores.logprobs.double(), exact.view(2, 3), atol=1e-6)
     assert nucleus(z[0], ActingPolicy()).logprobs.dtype == torch.float32
-
-
-def a_model(vocab: int = 17, seed: int = 1, model_type: str = "qwen3") -> Transformer:
-    model = Transformer(TransformerConfig(model_type, vocab, 18, 23, 2, 6, 3, 6, tied_head=False))
-    initialise(model, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        model.head.weight *= 40.0  # far from uniform
-    return model.double().eval()
-
-
-def a_batch(vocab: int = 17) -> tuple[torch.Tensor, ...]:
-    """Prompts [5, 7] of mixed length, completions [5, 11], supports [5, 11, 6]."""
-    generator = torch.Generator().manual_seed(2)
-    prompts = torch.randint(vocab, (5, 7), generator=generator)
-    lengths = torch.tensor([7, 3, 5, 1, 7]).view(5, 1)
-    supports, tokens = random_supports(3, 55, vocab, 6)
-    mask = torch.arange(7) >= 7 - lengths
-    return prompts, mask, tokens.view(5, 11), supports.view(5, 11, 6).int()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("truncated", [True, False])
-def test_completions_are_scored_as_one_row_at_a_time_without_padding(truncated):
-    """The reference feeds each row alone and takes the logits before each completion token."""
-    model, (prompts, mask, tokens, support) = a_model(), a_batch()
-    support = support if truncated else None
-    scores = completion_scores(model, prompts, mask, tokens, support, 1.5)
-    for n in range(5):
-        row = torch.cat([prompts[n][mask[n]], tokens[n]])
-        z = model(row.view(1, -1), None, None, logits)[0, int(mask[n].sum()) - 1 : -1]
-        alone = score_logits(
-            z.view(1, 11, 17),
-            tokens[n : n + 1],
-            None if support is None else support[n : n + 1],
-            1.5,
-        )
-        assert torch.allclose(scores.logprobs[n], alone.logprobs[0], atol=1e-9)
-        assert torch.allclose(scores.entropy[n], alone.entropy[0], atol=1e-9)
-        with torch.no_grad():
-            first = model(prompts[n][mask[n]].view(1, -1), None, None, logits)[0, -1] / 1.5
-        kept = range(17) if support is None else [t for t in support[n, 0].tolist() if t >= 0]
-        expected = first[tokens[n, 0]] - first[list(kept)].logsumexp(dim=0)
-        assert torch.allclose(scores.logprobs[n, 0], expected, atol=1e-9)
-
-
-@torch.no_grad()
-def test_what_follows_a_token_does_not_change_its_score():
-    model, (prompts, mask, tokens, support) = a_model(), a_batch()
-    whole = completion_scores(model, prompts, mask, tokens, None, 1.0).logprobs
-    changed = tokens.clone()
-    changed[:, 4:] = 0
-    scores = completion_scores(model, prompts, mask, changed, None, 1.0).logprobs
-    assert torch.allclose(scores[:, :4], whole[:, :4], atol=1e-12)
-    shorter = completion_scores(model, prompts, mask, tokens[:, :1], support[:, :1], 1.0)
-    assert shorter.logprobs.shape == (5, 1)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("length", [1, 4])
-@pytest.mark.parametrize("has_checkpoints", [False, True])
-def test_a_prompt_fed_once_for_its_rows_changes_neither_scores_nor_gradient(
-    model_type, length, has_checkpoints, monkeypatch
-):
-    """Three prompts of seven tokens, two rows each: 21 + 6 Q tokens are fed, not 6 (7 + Q)."""
-    generator = torch.Generator().manual_seed(4)
-    prompts = torch.randint(17, (3, 7), generator=generator)
-    tokens = torch.randint(17, (6, length), generator=generator)
-    weights = torch.randn(6, length, generator=generator).double()
-    model = a_model(model_type=model_type).train()
-    model.gradient_checkpointing = has_checkpoints
-    fed = []
-    model.embed.register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].numel()))
-    found = []
-    for each, least in ((prompts.repeat_interleave(2, 0), 1), (prompts, 1), (prompts, 8)):
-        monkeypatch.setattr(policy, "SHARED_FROM", least)
-        model.zero_grad()
-        mask = torch.ones_like(each, dtype=torch.bool)
-        scores = completion_scores(model, each, mask, tokens, None, 1.2)
-        (weights * scores.logprobs).sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append((scores.logprobs.detach(), scores.entropy, gradient))
-    assert fed == [6 * (6 + length), 21 + 6 * (length - 1), 6 * (6 + length)]
-    for apart, shared, short in zip(*found, strict=True):
-        assert torch.allclose(shared, apart, rtol=1e-10, atol=1e-12)
-        assert torch.equal(short, apart)
-
-
-def test_prompts_with_padding_are_fed_once_a_row(monkeypatch):
-    monkeypatch.setattr(policy, "SHARED_FROM", 1)
-    model, (prompts, mask, tokens, support) = a_model(), a_batch()
-    twice = [x.repeat_interleave(2, 0) for x in (prompts, mask, tokens, support)]
-    wanted = completion_scores(model, *twice, 1.5).logprobs
-    assert torch.equal(completion_scores(model, prompts, mask, *twice[2:], 1.5).logprobs, wanted)
-
-
-@pytest.mark.parametrize("truncated", [True, False])
-@pytest.mark.parametrize("positions", [1, 3, 10, 11])
-def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positions, monkeypatch):
-    model, (prompts, mask, tokens, support) = a_model(), a_batch()
-    weights = torch.randn(5, 11, generator=torch.Generator().manual_seed(6)).double()
-    largest = [0]
-
-    def watched(z: torch.Tensor, *rest: object) -> policy.TokenScores:
-        largest[0] = max(largest[0], z.numel())
-        return score_logits(z, *rest)
-
-    monkeypatch.setattr(policy, "score_logits", watched)
-    results = []
-    for limit in (2**26, positions * 5 * 17 + 1):
-        monkeypatch.setattr(policy, "CHUNK_ELEMENTS", limit)
-        model.zero_grad()
-        largest[0] = 0
-        scores = completion_scores(
-            model, prompts, mask, tokens, support if truncated else None, 1.5
-        )
-        (weights * scores.logprobs).sum().backward()
-        assert largest[0] <= limit
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        results.append((scores.logprobs.detach(), scores.entropy, gradient))
-    for whole, chunked in zip(*results, strict=True):
-        assert torch.allclose(whole, chunked, rtol=1e-10, atol=1e-10)
-
-
-def test_gradients_of_chunks_add_up_in_float32(monkeypatch):
-    """512 equal chunks in bfloat16: a sum that is rounded to 8 bits at every addend stops short."""
-    hidden = torch.ones(1, 512, 4)
-    head = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        (found,) = policy.in_chunks(lambda z: (z.float().sum(dim=-1),), hidden, head)
-    found.sum().backward()
-    assert torch.allclose(head.grad, torch.full((6, 4), 512.0))
-
-
-def test_a_rank_without_rows_has_scores_and_a_zero_gradient():
-    model, (prompts, mask, tokens, support) = a_model(), a_batch()
-    scores = completion_scores(model, prompts[:0], mask[:0], tokens[:0], support[:0], 1.5)
-    assert scores.logprobs.shape == (0, 11)
-    scores.logprobs.sum().backward()
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 class PrefixTable(nn.Module):
@@ -508,6 +342,14 @@ def test_the_gradient_is_that_of_the_truncated_policy_and_full_softmaxes_have_an
     assert error > 0.05, error  # full softmaxes: not noise but another direction
 
 
+def a_model(vocab: int = 17, seed: int = 1, model_type: str = "qwen3") -> Transformer:
+    model = Transformer(TransformerConfig(model_type, vocab, 18, 23, 2, 6, 3, 6, tied_head=False))
+    initialise(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.head.weight *= 40.0  # far from uniform
+    return model.double().eval()
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_the_gradient_of_a_transformer_is_that_of_its_truncated_policy(model_type):
     """The same through a real model: slope of J along random directions in parameter space."""
@@ -603,27 +445,3 @@ def test_a_draw_by_blocks_is_the_inverse_of_the_whole_running_sum(vocab, tempera
     tokens, _ = draw_untruncated(z.expand(3, -1), temperature, ends, False)
     possible = (p > 0).nonzero()
     assert tokens.tolist() == [int(possible[0]), int(possible[-1]), int(possible[-1])]
-
-
-@pytest.mark.slow  # half a minute of compiling
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("has_support", [False, True])
-def test_fused_scores_and_gradients_are_the_plain_ones(monkeypatch, has_support):
-    model = Transformer(TransformerConfig("qwen2", 5000, 32, 48, 2, 4, 2, 8))
-    initialise(model, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model.norm.weight *= 20
-    prompts, mask = torch.randint(2, 5000, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
-    mask[1, :3] = False
-    tokens = torch.randint(2, 5000, (4, 23))
-    support = torch.randint(0, 5000, (4, 23, 16), dtype=torch.int32) if has_support else None
-    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 4 * 5000 * 6)  # in four chunks
-    found = []
-    for model.is_fused in (False, True):
-        model.zero_grad()
-        scores = completion_scores(model, prompts, mask, tokens, support, 1.2)
-        (scores.logprobs * torch.linspace(-1, 1, 23)).sum().backward()
-        gradients = [p.grad.clone() for p in model.parameters()]
-        found.append([scores.logprobs.detach(), scores.entropy, *gradients])
-    for plain, fused in zip(*found, strict=True):
-        assert (plain - fused).abs().max() <= 1e-5 * plain.abs().max()

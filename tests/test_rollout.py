@@ -18,7 +18,7 @@ from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.optim import adamw
-from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import Codec
 from minigrpo.reward import Rewards, Tally
 from minigrpo.rollout import (
@@ -32,6 +32,7 @@ from minigrpo.rollout import (
     sample_records,
 )
 from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.scoring import completion_scores
 from minigrpo.tokenizer import number_tokenizer
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 from minigrpo.update import accumulate_gradient, update_policy

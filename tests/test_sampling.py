@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from minigrpo import sampling
 from minigrpo.data import token_uniforms
-from minigrpo.policy import ActingPolicy, completion_scores, nucleus
+from minigrpo.policy import ActingPolicy, nucleus
 from minigrpo.sampling import Completions, StopRule, sample_completions
+from minigrpo.scoring import completion_scores
 from minigrpo.transformer import (
     KVCache,
     Transformer,

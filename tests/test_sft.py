@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import train_sft
 from minigrpo.config import SFTConfig
 from minigrpo.data import SFTBatch, keyed_generator
-from minigrpo.policy import completion_scores
+from minigrpo.scoring import completion_scores
 from minigrpo.sft import perturbed, sft_loss, smoothing_matrix, supervised_step
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 

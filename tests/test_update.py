@@ -14,14 +14,15 @@ from torch import Tensor
 
 import train_grpo
 from benchmarks.study import CURVE
-from minigrpo import optim, policy, update
+from minigrpo import optim, scoring, update
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.grpo import group_advantages
 from minigrpo.optim import adamw
-from minigrpo.policy import ActingPolicy, completion_scores
+from minigrpo.policy import ActingPolicy
 from minigrpo.rollout import Rollout
 from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.scoring import completion_scores
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 from minigrpo.update import accumulate_gradient, update_policy, warnings_of
 
@@ -312,7 +313,7 @@ def test_neither_gradient_nor_metrics_depend_on_the_micro_batch_size(
 
     Nor on how many rows of one prompt that leaves together, which share it where it is not padded.
     """
-    monkeypatch.setattr(policy, "SHARED_FROM", 1)
+    monkeypatch.setattr(scoring, "SHARED_FROM", 1)
     old = as_matrix(slow_logprobs(a_model().double(), a_rollout(), CONFIG.temperature))
     drift = 0.6 * torch.randn(old.shape, generator=torch.Generator().manual_seed(5)).double()
     rollout = a_rollout(old_logprobs=old + drift, ref_logprobs=old - 2 * drift)
