@@ -33,6 +33,7 @@ from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_sta
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
+from minigrpo.hugging_face import load_transformer
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
@@ -48,7 +49,7 @@ from minigrpo.runs import check_apart, run_command, set_matmul_precision
 from minigrpo.scoring import shared_from
 from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training, given_and_saved, opened
-from minigrpo.transformer import Transformer, TransformerConfig, load_transformer
+from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
 
 LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit

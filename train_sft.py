@@ -30,6 +30,7 @@ from minigrpo.data import (
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import DECODED_ROWS
+from minigrpo.hugging_face import find_pretrained, load_shape, load_transformer
 from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
@@ -45,14 +46,7 @@ from minigrpo.tokenizer import (
     token_values,
 )
 from minigrpo.training import Training, given_and_saved, opened
-from minigrpo.transformer import (
-    Transformer,
-    TransformerConfig,
-    find_pretrained,
-    initialise,
-    load_shape,
-    load_transformer,
-)
+from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
 LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
     {"micro_batch_size": 1},

@@ -123,7 +123,8 @@ def write_work(item: Item, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from minigrpo.transformer import Transformer, TransformerConfig, initialise, save_transformer
+    from minigrpo.hugging_face import save_transformer
+    from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
     config = TransformerConfig(
         "qwen2", item.vocab_size, item.width, item.mlp_width, item.num_layers, item.num_heads,
@@ -155,13 +156,14 @@ def our_arm(
 ) -> dict[str, Any]:
     """GRPO steps out of minigrpo's own pieces: seconds of each, and by phase."""
     from minigrpo.grpo import Objective, group_advantages, grpo_loss, loss_denominator
+    from minigrpo.hugging_face import load_transformer
     from minigrpo.optim import adamw
     from minigrpo.policy import ActingPolicy
     from minigrpo.rollout import rows_of
     from minigrpo.runs import keep_freed_memory, set_matmul_precision
     from minigrpo.sampling import Completions, StopRule, sample_completions
     from minigrpo.scoring import completion_scores
-    from minigrpo.transformer import Transformer, load_transformer
+    from minigrpo.transformer import Transformer
 
     keep_freed_memory()
     set_matmul_precision("auto", torch.device(device))
@@ -437,10 +439,11 @@ def correct(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
     """Logits, log-probs and gradients equal transformers'; drawn tokens fit the softmax."""
     from transformers import AutoModelForCausalLM
 
+    from minigrpo.hugging_face import load_transformer, to_hugging_face
     from minigrpo.policy import ActingPolicy
     from minigrpo.sampling import StopRule, sample_completions
     from minigrpo.scoring import completion_scores
-    from minigrpo.transformer import load_transformer, logits, to_hugging_face
+    from minigrpo.transformer import logits
 
     torch.set_float32_matmul_precision("highest")
     ours = load_transformer(folder).to(given.device)
@@ -617,9 +620,9 @@ def rollout(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
     from transformers import AutoModelForCausalLM
 
     from minigrpo import sampling
+    from minigrpo.hugging_face import load_transformer
     from minigrpo.policy import ActingPolicy
     from minigrpo.sampling import Completions, StopRule, sample_completions
-    from minigrpo.transformer import load_transformer
 
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device="cuda")
     mask, rows = torch.ones_like(prompts, dtype=torch.bool), item.num_prompts * item.group_size
@@ -673,8 +676,8 @@ def rollout(item: Item, given: argparse.Namespace, folder: Path, report: dict[st
 
 def train(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """CUDA: forward and backward by micro-batch, plain and compiled a block at a time."""
+    from minigrpo.hugging_face import load_transformer
     from minigrpo.scoring import completion_scores
-    from minigrpo.transformer import load_transformer
 
     rate = report.get("ceilings", {}).get("bfloat16_gflops", float("nan"))
     found = {}

@@ -33,19 +33,14 @@ from minigrpo.config import GRPOConfig, Resolved, SFTConfig, Value
 from minigrpo.data import SFTBatch, Task
 from minigrpo.distributed import cut_like, from_rank_zero, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.hugging_face import config_to_json, load_shape, load_transformer, to_hugging_face
 from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, render_controls, wording
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
 from minigrpo.tokenizer import decode_completions, encode_completion, load_tokenizer, pad_id
-from minigrpo.transformer import (
-    Transformer,
-    TransformerConfig,
-    load_shape,
-    load_transformer,
-    to_hugging_face,
-)
+from minigrpo.transformer import Transformer, TransformerConfig
 
 SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
@@ -447,7 +442,7 @@ def _write_model(
     generation: dict[str, object] = {"max_new_tokens": task.max_completion_length}
     generation["eos_token_id"] = int(task.tokenizer.eos_token_id)
     generation["pad_token_id"] = pad_id(task.tokenizer)
-    named = {"config": model.config.to_json(), "minigrpo": manifest.to_json()}
+    named = {"config": config_to_json(model.config), "minigrpo": manifest.to_json()}
     for name, record in {**named, "generation_config": generation}.items():
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     task.tokenizer.save_pretrained(folder)

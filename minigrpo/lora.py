@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigrpo.distributed import whole
-from minigrpo.transformer import Transformer, linear_parts
+from minigrpo.hugging_face import linear_parts
+from minigrpo.transformer import Transformer
 
 
 class AdaptedLinear(nn.Module):

@@ -14,13 +14,14 @@ EDGES = {
     "distributed": "",
     "elementwise": "",
     "transformer": "elementwise",
+    "hugging_face": "transformer",
     "grpo": "",
     "optim": "distributed transformer",
     "plots": "",
     "double_integrator": "shapes",
     "policy": "shapes transformer",
     "scoring": "transformer policy",
-    "lora": "distributed transformer",
+    "lora": "distributed transformer hugging_face",
     "memory": "config distributed transformer scoring lora",
     "runs": "distributed",
     "lqr": "shapes double_integrator",
@@ -37,18 +38,18 @@ EDGES = {
     "rollout",
     "update": "config counterfactual distributed transformer grpo optim scoring rollout",
     "gradient_signal": "config distributed transformer rollout update",
-    "checkpoint": "config distributed transformer double_integrator lora runs lqr prompts "
-    "tokenizer data rollout",
+    "checkpoint": "config distributed transformer hugging_face double_integrator lora runs lqr "
+    "prompts tokenizer data rollout",
     "training": "config distributed transformer lora optim runs data evaluation checkpoint",
 }
 
 # Other people's packages have few doors; empty is any module. numpy is for scipy, plots and keys.
 DOORS = {
     "argparse": "config",
-    "safetensors": "transformer checkpoint",
+    "safetensors": "hugging_face checkpoint",
     "tokenizers": "tokenizer",
     "transformers": "tokenizer data checkpoint",
-    "huggingface_hub": "transformer",
+    "huggingface_hub": "hugging_face",
     "scipy": "lqr",
     "numpy": "data evaluation rollout plots",
     "matplotlib": "plots",

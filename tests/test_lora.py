@@ -21,10 +21,11 @@ from minigrpo.checkpoint import (
     save_checkpoint,
 )
 from minigrpo.config import LORA_TARGETS, GRPOConfig
+from minigrpo.hugging_face import linear_parts
 from minigrpo.lora import AdaptedLinear, adapters, adapters_off, add_adapters, merged_weights
 from minigrpo.optim import adamw
 from minigrpo.rollout import make_rollout
-from minigrpo.transformer import Transformer, TransformerConfig, initialise, linear_parts, logits
+from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 
 RANK, ALPHA, ALL = 3, 7.0, ",".join(LORA_TARGETS)
 SHAPE = TransformerConfig("qwen2", 19, 30, 23, 2, 6, 3, 10)

@@ -26,8 +26,9 @@ from minigrpo.checkpoint import load_manifest, load_model
 from minigrpo.config import SFTConfig
 from minigrpo.data import demonstrations
 from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.hugging_face import find_pretrained, load_transformer
 from minigrpo.prompts import Codec, wording
-from minigrpo.transformer import find_pretrained, load_transformer, logits
+from minigrpo.transformer import logits
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

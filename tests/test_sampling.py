@@ -14,17 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from minigrpo import sampling
 from minigrpo.data import token_uniforms
+from minigrpo.hugging_face import save_transformer
 from minigrpo.policy import ActingPolicy, nucleus
 from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.scoring import completion_scores
-from minigrpo.transformer import (
-    KVCache,
-    Transformer,
-    TransformerConfig,
-    initialise,
-    logits,
-    save_transformer,
-)
+from minigrpo.transformer import KVCache, Transformer, TransformerConfig, initialise, logits
 
 VOCAB, EOS, PAD = 29, 1, 0
 

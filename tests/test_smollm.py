@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 from minigrpo.checkpoint import make_task
 from minigrpo.data import demonstrations, make_prompts
 from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.hugging_face import load_transformer
 from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import Codec
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.tokenizer import load_tokenizer
-from minigrpo.transformer import load_transformer, logits
+from minigrpo.transformer import logits
 
 pytestmark = [
     pytest.mark.smollm,

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minigrpo.data import Task, demonstrations, make_prompts, prompt_lengths
 from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.hugging_face import save_transformer
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.prompts import Codec, parse_controls, prompt_text, render_controls, system_text
 from minigrpo.tokenizer import (
@@ -24,7 +25,7 @@ from minigrpo.tokenizer import (
     pad_id,
     token_values,
 )
-from minigrpo.transformer import Transformer, TransformerConfig, save_transformer
+from minigrpo.transformer import Transformer, TransformerConfig
 
 PLANT, NUMBERS, WORDS = DoubleIntegrator(), Codec(), Codec("words", 3)
 NUMBER_TOKENIZER = number_tokenizer(PLANT, NUMBERS)

@@ -1,0 +1,297 @@
+"""Hugging Face folders in both directions: config.json, safetensors, the names of the weights.
+
+What is saved here `AutoModelForCausalLM` loads, and the other way round. A key of a config.json is
+used, known to say nothing about the forward, or an error. Nothing in a folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minigrpo.transformer import (
+    ARCHITECTURES,
+    RopeStretch,
+    Transformer,
+    TransformerConfig,
+    check_model_type,
+)
+
+V = TypeVar("V")
+# What a shape is called here and in a config.json.
+JSON_NAMES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tied_head": "tie_word_embeddings",
+}
+# Keys of a config.json that say nothing about the forward, or only how transformers runs it.
+INERT_KEYS = {
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
+    "transformers_version", "use_cache", "initializer_range", "max_position_embeddings",
+    "max_window_layers", "output_attentions", "output_hidden_states", "return_dict",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder",
+    "_name_or_path", "pretraining_tp", "is_llama_config", "transformers.js_config",
+    "attention_dropout", "unk_token_id", "_model_name_or_path",
+}  # fmt: skip
+# Keys that would change the forward, and the one value of each that does not.
+FIXED_KEYS: dict[str, object] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "rope_interleaved": False,
+}
+PLAIN_NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+BLOCK_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+}
+
+
+def config_from_json(values: dict[str, object]) -> TransformerConfig:
+    """Every key is used, known to be inert, or an error: a dropped option is another model."""
+    left = {key: value for key, value in values.items() if key not in INERT_KEYS}
+    model_type = check_model_type(str(left.pop("model_type", "missing")))
+    needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    if missing := set(needed.split()) - set(left):
+        raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+    left = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | left  # transformers' defaults
+    width, heads = (_typed(int, left[key]) for key in ("hidden_size", "num_attention_heads"))
+    head_size = left.get("head_dim", 128 if model_type == "qwen3" else None)
+    left["head_dim"] = head_size or width // max(1, heads)
+    left["num_key_value_heads"] = left.get("num_key_value_heads") or heads
+    theta, stretch = _pop_rope(left)
+    kinds = get_type_hints(TransformerConfig)
+    sizes = {ours: _typed(kinds[ours], left.pop(key)) for ours, key in JSON_NAMES.items()}
+    config = TransformerConfig(model_type, rope_theta=theta, rope_stretch=stretch, **sizes)
+    fixed = FIXED_KEYS | {"layer_types": ["full_attention"] * config.num_layers}
+    left.pop("sliding_window", None)  # read only if use_sliding_window, an error below
+    if config.qkv_bias:
+        left.pop("attention_bias", None)  # transformers' Qwen2 has the bias whatever it says
+    for key, value in left.items():
+        if key not in fixed or value != fixed[key]:
+            raise ValueError(f"config.json key {key} = {value!r} is unsupported for {model_type}")
+    return config
+
+
+def config_to_json(config: TransformerConfig) -> dict[str, object]:
+    """The config.json that transformers reads back as the same model."""
+    rope: dict[str, object] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_stretch is not None:
+        rope |= {"rope_type": "llama3"} | asdict(config.rope_stretch)
+    return {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        **{key: getattr(config, ours) for ours, key in JSON_NAMES.items()},
+        "rope_parameters": rope,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32_768,
+        "dtype": "float32",
+        "bos_token_id": None,  # transformers' defaults for llama, 1 and 2, would be wrong here
+        "eos_token_id": None,  # generation_config.json has it
+    }
+
+
+def _pop_rope(left: dict[str, object]) -> tuple[float, RopeStretch | None]:
+    """Base and stretch of the rotary frequencies, as transformers 5 or 4 writes them."""
+    outer, new = left.pop("rope_theta", 10_000.0), left.pop("rope_parameters", None)
+    rope = _typed(dict, left.pop("rope_scaling", None) or new or {})
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": outer} | rope
+    rope.pop("type", None)
+    kind, theta = rope.pop("rope_type"), _typed(float, rope.pop("rope_theta"))
+    names = [item.name for item in fields(RopeStretch)]
+    if kind == "default" and not rope:
+        return theta, None
+    if kind == "llama3" and set(rope) == set(names):
+        return theta, RopeStretch(*(_typed(float, rope[name]) for name in names))
+    raise ValueError(
+        f"rope_type must be default, or llama3 with {', '.join(names)}; got {kind} with {rope}"
+    )
+
+
+def _typed(kind: type[V], value: object) -> V:
+    """The value if it has this type in JSON; a whole number is also a float."""
+    value = float(value) if kind is float and type(value) is int else value
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"config.json: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def save_transformer(
+    model: Transformer, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write config.json and model.safetensors; `state` replaces the model's own parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
+    tensors = dict(to_hugging_face(model.state_dict() if state is None else state, model.config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def find_pretrained(name: str) -> Path:
+    """The folder of a pretrained model: a local one, or the hub's, from its cache or by download.
+
+    Only configuration, tokenizer and safetensors are fetched, never code or pickles. ValueError
+    says what is missing.
+    """
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {name!r} is no folder with a config.json, and the hub did not give it "
+            f"({reason}); download config.json, tokenizer files and *.safetensors into a folder "
+            f"and pass that folder as --model"
+        ) from error
+
+
+def load_shape(folder: Path) -> TransformerConfig:
+    """What config.json says; ValueError: there is none, or it describes another architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
+    try:
+        return config_from_json(_typed(dict, json.loads(path.read_text())))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_transformer(folder: Path) -> Transformer:
+    """Read a Hugging Face folder: config.json and safetensors (one file or an index), as float32.
+
+    ValueError: not such a folder, another architecture, missing, surplus or misshapen weights,
+    pickled weights only. Nothing in the folder is executed.
+    """
+    config = load_shape(folder)
+    tensors = _own_tensors(_read_safetensors(folder), config, folder)
+    with torch.device("meta"):  # no time spent on initial values that are replaced right away
+        model = Transformer(config)
+    expected = {name: value.shape for name, value in to_hugging_face(model.state_dict(), config)}
+    for name in sorted(set(expected) | set(tensors)):
+        if name not in tensors:
+            raise ValueError(f"{folder}: the weights lack {name}")
+        if name not in expected:
+            raise ValueError(
+                f"{folder}: the weights have {name}, no part of this {config.model_type}"
+            )
+        if tensors[name].shape != expected[name] or not tensors[name].is_floating_point():
+            wanted, got = tuple(expected[name]), tuple(tensors[name].shape)
+            raise ValueError(
+                f"{folder}: {name} must be floating point of shape {wanted}, "
+                f"got {tensors[name].dtype} of shape {got}"
+            )
+    model.to_empty(device="cpu").load_state_dict(from_hugging_face(tensors, config))  # casts
+    return model
+
+
+def _own_tensors(
+    tensors: dict[str, Tensor], config: TransformerConfig, folder: Path
+) -> dict[str, Tensor]:
+    """Without what files may hold beside the parameters: rotary tables, a copy of a tied head."""
+    own = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    head = own.pop("lm_head.weight", None) if config.tied_head else None
+    if head is not None and not torch.equal(head, own.get("model.embed_tokens.weight", head)):
+        raise ValueError(
+            f"{folder}: lm_head.weight differs from the embedding it should be tied to"
+        )
+    return own
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():  # before the index, as in transformers
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = _shard_names(index)
+    else:
+        raise ValueError(
+            f"{folder} must hold model.safetensors (pickled .bin weights are refused), found none"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors.update(load_file(folder / name))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{folder / name} is not a readable safetensors file: {error}"
+            ) from error
+    return tensors
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        values = json.loads(index.read_text())["weight_map"].values()
+        names = sorted({_typed(str, value) for value in values})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{index} must map weights to files under weight_map: {error!r}"
+        ) from error
+    if any(Path(name).name != name or "\\" in name for name in names):
+        raise ValueError(f"{index}: weight files must lie in the folder itself, got {names}")
+    return names
+
+
+def linear_parts(config: TransformerConfig) -> dict[str, dict[str, int]]:
+    """A block's linear layers: of each the modules of transformers in it, with their rows."""
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    return {
+        "attention.qkv": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+        "attention.out": {"self_attn.o_proj": config.width},
+        "mlp.gate_up": {"mlp.gate_proj": config.mlp_width, "mlp.up_proj": config.mlp_width},
+        "mlp.down": {"mlp.down_proj": config.width},
+    }
+
+
+def to_hugging_face(
+    state: dict[str, Tensor], config: TransformerConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters under transformers' names, fused ones split."""
+    for path, value in state.items():
+        if path in PLAIN_NAMES:
+            yield PLAIN_NAMES[path], value.contiguous()
+            continue
+        _, layer, rest = path.split(".", 2)
+        module, _, kind = rest.rpartition(".")
+        parts = linear_parts(config).get(module, {})
+        sizes = list(parts.values()) or [len(value)]
+        names = [f"{part}.{kind}" for part in parts] or [BLOCK_NAMES[rest]]
+        for name, piece in zip(names, torch.split(value, sizes), strict=True):
+            yield f"model.layers.{layer}.{name}", piece.clone().contiguous()
+
+
+def from_hugging_face(tensors: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """The inverse: transformers' names to ours, q, k, v and gate, up joined."""
+    state = {ours: tensors[theirs] for ours, theirs in PLAIN_NAMES.items() if theirs in tensors}
+    rest = {ours: [theirs] for ours, theirs in BLOCK_NAMES.items()}
+    for module, parts in linear_parts(config).items():
+        for kind in ("weight", "bias"):
+            rest[f"{module}.{kind}"] = [f"{part}.{kind}" for part in parts]
+    for layer in range(config.num_layers):
+        for ours, theirs in rest.items():
+            names = [f"model.layers.{layer}.{name}" for name in theirs]
+            if names[0] in tensors:
+                state[f"blocks.{layer}.{ours}"] = torch.cat([tensors[name] for name in names])
+    return state
