@@ -128,13 +128,15 @@ def run_policies(
             if mode == "mpc":
                 steps = partial(tqdm, desc=f"{name} mpc", unit="step", leave=False, disable=hidden)
                 results[name][mode] = evaluation.receding_horizon(
-                    model, starts[: config.mpc_cases], task, progress=steps
+                    model, starts[: config.mpc_cases], task, steps, config.rows_per_batch
                 )
             else:
                 tries = range(config.best_of if mode == "best_of" else 1)
                 chosen = None if mode == "greedy" else acting
                 flown = [
-                    evaluation.evaluate_policy(model, starts, task, chosen, config.seed, attempt=i)
+                    evaluation.evaluate_policy(
+                        model, starts, task, chosen, config.seed, i, config.rows_per_batch
+                    )
                     for i in tries
                 ]
                 results[name][mode] = evaluation.best_of(flown)

@@ -31,7 +31,6 @@ from minigrpo.config import GRPOConfig, Resolved, Value, resolve
 from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
 from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_starts, training_starts
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
-from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.hugging_face import load_transformer
 from minigrpo.lora import add_adapters
@@ -54,14 +53,14 @@ from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_polic
 
 LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
     {"micro_batch_size": 1},
-    {"rows_per_batch": 16, "eval_cases": 16},
+    {"rows_per_batch": 16},
     {"gradient_checkpointing": True},
     {"kl_beta": 0.0},
     {"lora_rank": 16},
     {"parallel": "fsdp"},
     {
-        "micro_batch_size": 1, "rows_per_batch": 16, "eval_cases": 16,
-        "gradient_checkpointing": True, "lora_rank": 16,
+        "micro_batch_size": 1, "rows_per_batch": 16, "gradient_checkpointing": True,
+        "lora_rank": 16,
     },
 )  # fmt: skip
 
@@ -139,7 +138,7 @@ def estimate_memory(
     """What a rollout, its update and a validation take on one rank."""
     prompts = math.ceil(config.prompts_per_step / world_size())
     together = min(prompts, max(1, config.rows_per_batch // config.group_size))
-    validated = min(config.eval_cases, DECODED_ROWS)
+    validated = min(config.eval_cases, config.rows_per_batch)
     num_rows, lengths = prompts * config.group_size, prompt_lengths(task)
     is_shared = len(lengths) == 1 and max(lengths) >= shared_from(is_on_cuda)
     work = Workload(

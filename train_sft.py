@@ -29,7 +29,6 @@ from minigrpo.data import (
 )
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.evaluation import DECODED_ROWS
 from minigrpo.hugging_face import find_pretrained, load_shape, load_transformer
 from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
@@ -53,8 +52,8 @@ LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make
     {"gradient_checkpointing": True},
     {"lora_rank": 16},
     {"parallel": "fsdp"},
-    {"eval_cases": 16},
-    {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_rank": 16, "eval_cases": 16},
+    {"rows_per_batch": 16},
+    {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_rank": 16, "rows_per_batch": 16},
 )
 
 # What only a model that is made here has: tokens that are numbers, and a shape to choose.
@@ -107,7 +106,7 @@ def estimate_memory(
     shape: TransformerConfig, task: Task, config: SFTConfig, is_on_cuda: bool = False
 ) -> MemoryEstimate:
     """What a step and a validation of this run take on one rank."""
-    decoded = min(config.eval_cases, DECODED_ROWS)
+    decoded = min(config.eval_cases, config.rows_per_batch)
     work = Workload(
         prompt_length=max(prompt_lengths(task)),
         completion_length=task.max_completion_length,

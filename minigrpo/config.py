@@ -40,6 +40,12 @@ class Settings:
     precision: Literal["float32", "bfloat16"] = flag(
         "float32", "autocast of the forward passes; weights (and AdamW) stay float32"
     )
+    rows_per_batch: int = flag(
+        512,
+        "rows decoded together, in evaluation too, which bounds the key-value cache; cannot change "
+        "a token",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -206,7 +212,6 @@ class GRPOConfig(RunSettings):
     group_size: int = flag(16, "completions per prompt", at_least=2)
     num_epochs: int = flag(1, "passes over a rollout", at_least=1)
     num_minibatches: int = flag(1, "optimizer steps per pass, each on whole groups", at_least=1)
-    rows_per_batch: int = flag(512, "rows decoded together; cannot change a token", at_least=1)
     temperature: float = flag(
         1.5, "of the acting policy, in sampling and in every log-prob", above=0
     )

@@ -43,7 +43,7 @@ from minigrpo.shapes import check_record
 from minigrpo.transformer import Transformer
 
 RESAMPLES = 2000
-DECODED_ROWS = 512  # rows decoded together
+DECODED_ROWS = 512  # together, where nobody says how many
 UNTRUNCATED = ActingPolicy(temperature=1.0, top_p=1.0)
 MODES = ("greedy", "sampled", "best_of", "mpc")
 Summary = dict[str, float | list[float] | None]  # name_ci95 holds the two ends of an interval
@@ -115,6 +115,7 @@ def evaluate_policy(
     acting: ActingPolicy | None,
     seed: int,
     attempt: int = 0,
+    rows_per_batch: int = DECODED_ROWS,
 ) -> CaseResults:
     """One plan for each start [K, 2], applied open loop; `acting` None is greedy, without a seed.
 
@@ -122,7 +123,7 @@ def evaluate_policy(
     list of starts changes no case of a shorter one. `attempt` 0, 1, ... takes the next draws of the
     same key, so that those of two seeds have nothing in common.
     """
-    parsed = _plan(model, starts, task, acting, seed, attempt)
+    parsed = _plan(model, starts, task, acting, seed, attempt, rows_per_batch)
     return _measure(starts, parsed, 1, (~parsed.is_valid).long(), task)
 
 
@@ -150,6 +151,7 @@ def receding_horizon(
     starts: Tensor,
     task: Task,
     progress: Callable[[range], Iterable[int]] = iter,
+    rows_per_batch: int = DECODED_ROWS,
 ) -> CaseResults:
     """Greedy MPC from starts [K, 2]: at each of the T steps plan anew, apply one control.
 
@@ -164,7 +166,7 @@ def receding_horizon(
     for _ in progress(range(plant.horizon)):
         seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
         distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
-        parsed = _plan(model, distinct, task, None, 0)
+        parsed = _plan(model, distinct, task, None, 0, 0, rows_per_batch)
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])
         state = plant.step(state, written[-1].clamp(-bound, bound))
@@ -179,7 +181,8 @@ def _plan(
     task: Task,
     acting: ActingPolicy | None,
     seed: int,
-    attempt: int = 0,
+    attempt: int,
+    rows_per_batch: int,
 ) -> ParsedControls:
     """One plan for each start [K, 2], of which this rank writes every world-th."""
     # Where ranks outnumber starts, those without one repeat the first.
@@ -191,7 +194,7 @@ def _plan(
         group = token_uniforms(seed, prompts.indices, tries, length, "evaluation")  # [P * tries, C]
         uniforms = group[attempt::tries]
     policy = acting or UNTRUNCATED
-    _, _, written = write_plans(model, prompts, 1, task, policy, uniforms, DECODED_ROWS)
+    _, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows_per_batch)
     columns = [share, written.controls, written.is_valid]
     places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
     order = torch.empty(len(starts), dtype=torch.int64)
@@ -269,15 +272,17 @@ def paired_difference(a: CaseResults, b: CaseResults, lqr: CaseResults, seed: in
 
 
 def validation_metrics(
-    model: Transformer, starts: Tensor, task: Task, seed: int
+    model: Transformer, starts: Tensor, task: Task, seed: int, rows_per_batch: int = DECODED_ROWS
 ) -> dict[str, float]:
     """The eval/ metrics of training: a greedy and a sampled plan from each start.
 
     Sampled at temperature 1 from the whole vocabulary, whichever policy acts in training.
     """
     expert = lqr_results(starts, task)
-    greedy = evaluate_policy(model, starts, task, None, seed)
-    sampled = evaluate_policy(model, starts, task, UNTRUNCATED, seed)
+    greedy, sampled = (
+        evaluate_policy(model, starts, task, acting, seed, rows_per_batch=rows_per_batch)
+        for acting in (None, UNTRUNCATED)
+    )
     return {
         "eval/greedy_reward": float(greedy.rewards.total.mean()),
         "eval/sampled_reward": float(sampled.rewards.total.mean()),

@@ -38,7 +38,7 @@ from minigrpo.transformer import Transformer, TransformerConfig
 C = TypeVar("C", bound=RunSettings)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNKNOWN = sys.maxsize  # bytes free
-OF_A_RUN = ("lora_rank", "eval_cases")  # what a resumed run keeps
+OF_A_RUN = ("lora_rank",)  # what a resumed run keeps
 LIMITS = {  # of a control group, by its controller's name in version 2 and 1: folder, files
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -169,7 +169,9 @@ class Training:
         config, folder, model = self.config, self.run.folder, self.model
         validation = split_starts(self.task.plant).validation[: config.eval_cases]
         with gathered(model):
-            metrics = validation_metrics(model, validation, self.task, config.seed)
+            metrics = validation_metrics(
+                model, validation, self.task, config.seed, config.rows_per_batch
+            )
         score = metrics["eval/greedy_reward"]
         if is_best(folder, score):
             publish_model(folder, model, self.task, self.manifest, self.done, score)

@@ -12,7 +12,7 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import evaluation, scoring
+from minigrpo import scoring
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
@@ -130,7 +130,6 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
 
 def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):
     """Rollout and validation come in batches whose number does not divide their rows."""
-    monkeypatch.setattr(evaluation, "DECODED_ROWS", 4)
     folder, num_graphs = untrained_checkpoint(tmp_path / "init"), []
     _, task, _ = load_task(folder)
     config = GRPOConfig(
@@ -145,7 +144,7 @@ def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):
         model = placed(train_grpo.build(config))
         for step in range(4):
             act(model, prompts, config, task, reward)
-            validation_metrics(model, some, task, 0)
+            validation_metrics(model, some, task, 0, config.rows_per_batch)
             if step == 1:
                 recorded = len(num_graphs)
     assert len(num_graphs) == recorded > 0

@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import solve_discrete_are
+from tiny import untrained_checkpoint
 
 import evaluate
+import train_grpo
+import train_sft
+from minigrpo import rollout
 from minigrpo.checkpoint import Manifest, make_task, publish_model
 from minigrpo.data import split_starts
 from minigrpo.double_integrator import DoubleIntegrator
@@ -38,6 +42,7 @@ from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import Codec
 from minigrpo.reward import Rewards
+from minigrpo.sampling import sample_completions
 from minigrpo.tokenizer import encode_completion, number_tokenizer
 from minigrpo.transformer import Transformer, TransformerConfig
 
@@ -362,7 +367,7 @@ def test_receding_horizon_clamps_what_the_prompt_says_but_not_the_plant():
     assert results.is_valid.all() and max(max(state) for state in model.seen) == 3.0
 
 
-def test_sampled_controls_depend_on_seed_and_place_alone(monkeypatch):
+def test_sampled_controls_depend_on_seed_and_place_alone():
     texts = [text_of(SHORT, [u] * 7) for u in (0.5, -0.5)]
     model = Scripted(SHORT, lambda start: texts)
     acting = ActingPolicy(temperature=1.0, top_p=1.0)
@@ -370,9 +375,7 @@ def test_sampled_controls_depend_on_seed_and_place_alone(monkeypatch):
     results = evaluate_policy(model, starts, SHORT, acting, seed=5)
     assert set(results.controls[:, 0].tolist()) == {0.5, -0.5}
     assert 30 < (results.controls[:, 0] > 0).sum() < 71  # a fair coin leaves that once in 10,000
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate.evaluation, "DECODED_ROWS", 7)
-        fewer = evaluate_policy(model, starts[:41], SHORT, acting, seed=5)
+    fewer = evaluate_policy(model, starts[:41], SHORT, acting, seed=5, rows_per_batch=7)
     assert torch.equal(fewer.controls, results.controls[:41])
     assert not torch.equal(
         evaluate_policy(model, starts, SHORT, acting, 6).controls, results.controls
@@ -621,3 +624,27 @@ def test_a_save_dir_that_cannot_be_written_is_refused_before_the_work(
     )
     with pytest.raises(OSError, match=expected):
         evaluate.main(flags)
+
+
+def test_no_command_decodes_more_rows_together_than_it_was_told(tmp_path, monkeypatch):
+    """Rollouts, validation of both trainers, and every mode of an evaluation."""
+    folder, told = untrained_checkpoint(tmp_path / "sft"), []
+
+    def watched(*arguments):
+        told.append(arguments[-1])
+        return sample_completions(*arguments)
+
+    monkeypatch.setattr(rollout, "sample_completions", watched)
+    every, sizes = "--device cpu --rows-per-batch 3 ", []
+    tiny = "--horizon 2 --width 8 --mlp-width 8 --num-layers 1 --num-heads 2 --eval-cases 8 "
+    train_sft.main([*(every + tiny + "--steps 1 --save-dir").split(), str(tmp_path / "other")])
+    sizes.append(len(told))
+    few = "--steps 1 --prompts-per-step 2 --group-size 2 --num-minibatches 1 --eval-cases 8 "
+    start = ["--init", str(folder), "--save-dir", str(tmp_path / "grpo")]
+    train_grpo.main([*(every + few).split(), *start])
+    sizes.append(len(told))
+    few = "--num-cases 5 --mpc-cases 2 --best-of 2 --model-path"
+    evaluate.main([*(every + few).split(), str(folder)])
+    sizes.append(len(told))
+    # greedy and sampled before and after, and a rollout; greedy, sampled, twice, each of two steps
+    assert sizes == [4, 9, 15] and set(told) == {3}

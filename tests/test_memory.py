@@ -385,7 +385,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     *advice, _ = caught.value.__notes__[0].partition("GiB with\n")[2].splitlines()
     for line in advice:  # the tiny model can follow all of it
         train_sft.settings(line.split()[1:])
-    assert advice[-1].endswith("--micro-batch-size 1 --gradient-checkpointing --eval-cases 16")
+    assert advice[-1].endswith("--micro-batch-size 1 --gradient-checkpointing --rows-per-batch 16")
 
 
 def test_advice_is_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,11 +438,11 @@ def test_advice_that_saves_less_than_a_hundredth_is_not_given(
 
 
 def test_advice_for_a_resumed_run_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps its adapters and its validation starts: other ones would be refused next."""
+    """It keeps its adapters: another rank would be refused next."""
     monkeypatch.setattr(memory, "free_memory", gib(1))
 
     def estimate(config: GRPOConfig) -> MemoryEstimate:
-        rows = config.micro_batch_size + config.eval_cases + config.rows_per_batch
+        rows = config.micro_batch_size + config.rows_per_batch
         return MemoryEstimate({"weights": 2**40 >> config.lora_rank}, {"rows": rows * 2**32}, {})
 
     found = []
@@ -451,8 +451,7 @@ def test_advice_for_a_resumed_run_can_be_followed(monkeypatch: pytest.MonkeyPatc
             config = GRPOConfig(resume=resume)
             check_memory(estimate, config, train_grpo.LESS_MEMORY, torch.device("cpu"))
         found.append(caught.value.__notes__[0].count)
-    for flag in ("--lora-rank", "--eval-cases"):
-        assert found[0](flag) > 0 == found[1](flag)
+    assert found[0]("--lora-rank") > 0 == found[1]("--lora-rank")
     assert all(found[1](flag) > 0 for flag in ("--rows-per-batch 16\n", "--micro-batch-size 1 "))
 
 
