@@ -137,6 +137,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """What a rollout, its update and a validation take on one rank."""
     prompts = math.ceil(config.prompts_per_step / world_size())
+    of_minibatch = min(prompts, math.ceil(config.prompts_per_step / config.num_minibatches))
     together = min(prompts, max(1, config.rows_per_batch // config.group_size))
     validated = min(config.eval_cases, config.rows_per_batch)
     num_rows, lengths = prompts * config.group_size, prompt_lengths(task)
@@ -144,7 +145,7 @@ def estimate_memory(
     work = Workload(
         prompt_length=max(lengths),
         completion_length=task.max_completion_length,
-        micro_rows=min(config.micro_batch_size, math.ceil(num_rows / config.num_minibatches)),
+        micro_rows=min(config.micro_batch_size, config.group_size * of_minibatch),
         rows_per_prompt=rows_per_prompt(config) if is_shared else 1,
         num_decoded=max(validated, together * config.group_size),
         num_prefilled=max(validated, together),

@@ -345,8 +345,7 @@ def run_arm(arm: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 def step(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """All arms in turn, `loops` times; ratios of medians with the worst and the best pairing."""
-    arms = given.arms.split(",") if given.arms else DEFAULT_ARMS[given.device].split(",")
-    arms = [arm for arm in arms if given.peer_python or arm.startswith("ours")]
+    arms = [arm for arm in given.arms if given.peer_python or arm.startswith("ours")]
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for loop in range(given.loops):
         for arm in arms if loop % 2 == 0 else arms[::-1]:
@@ -364,8 +363,6 @@ def seconds_of(report: dict[str, Any], arm: str) -> list[float]:
 
 def ratio(report: dict[str, Any], peer: str, ours: str) -> str:
     a, b = seconds_of(report, peer), seconds_of(report, ours)
-    if not a or not b:
-        return "not measured"
     middle = statistics.median(a) / statistics.median(b)
     return f"{middle:.2f} ({min(a) / max(b):.2f}-{max(a) / min(b):.2f})"
 
@@ -383,8 +380,11 @@ def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
         shares = "  ".join(f"{phase} {measured[phase] / floors[phase]:.2f}" for phase in floors)
         total = f"(floor {floors['step']:.2f} s, measured {measured['step']:.2f} s)"
         lines = [f"RATIO {shares}  {total}"]
-    found = (f"{p} over {o} {ratio(report, p, o)}" for p, o in PAIRS[report["device"]])
-    return [*lines, f"SPEEDUP vs TRL 1.16.0, same shapes, machine and run: {'; '.join(found)}"]
+    arms = {arm for arm in report.get("arms", {}) if seconds_of(report, arm)}
+    pairs = [(peer, ours) for peer, ours in PAIRS[report["device"]] if {peer, ours} <= arms]
+    found = "; ".join(f"{peer} over {ours} {ratio(report, peer, ours)}" for peer, ours in pairs)
+    found = found or "not measured"
+    return [*lines, f"SPEEDUP vs TRL 1.16.0, same shapes, machine and run: {found}"]
 
 
 def ceilings(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
@@ -751,7 +751,8 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         default="",
-        help=f"with commas, of {', '.join(ARMS)}; a fused one compiles for a minute or two",
+        help=f"only these, with commas, of {', '.join(ARMS)} (default on a CPU: "
+        f"{DEFAULT_ARMS['cpu']}; on CUDA: {DEFAULT_ARMS['cuda']}); a fused one compiles first",
     )
     parser.add_argument("--budget-s", type=float, default=3600.0)
     parser.add_argument("--out", default="")
@@ -760,7 +761,8 @@ def main() -> None:
     given = parser.parse_args()
     given.item = given.item or ("tiny" if given.device == "cpu" else "gpu-ref")
     item = ITEMS[given.item]
-    if unknown := set(filter(None, given.arms.split(","))) - set(ARMS):
+    given.arms = (given.arms or DEFAULT_ARMS[given.device]).split(",")
+    if unknown := set(given.arms) - set(ARMS):
         parser.error(f"--arms must be of {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
     if given.device == "cpu":
         torch.set_num_threads(1)

@@ -109,7 +109,8 @@ class RunSettings(Settings):
     fuse: bool = flag(
         False,
         "torch.compile of a block's element-wise operations and of the scores: on a GPU, and on a "
-        "CPU with a wider model than tiny, faster steps after a first one that takes a minute",
+        "CPU with a wider model than tiny, faster steps after a first one that is half a minute "
+        "to a minute longer",
     )
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
     resume: bool = flag(

@@ -98,7 +98,7 @@ def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts
 
 
 def prompt_lengths(task: Task) -> set[int]:
-    """How many tokens prompts have, by the starts whose two numbers are the same."""
+    """The lengths of prompts in tokens, looked up at starts whose two numbers are equal."""
     grid = task.plant.start_grid()
     starts = grid[grid[:, 0] == grid[:, 1]]
     return {len(encode_prompt(task.tokenizer, s, task.plant, task.codec)) for s in starts}

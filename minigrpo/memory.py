@@ -11,11 +11,12 @@
 A block keeps for each of its tokens, E width, H heads, J key-value heads, D head size, F MLP width:
 4 E (both residual states and normed inputs) in float32, 2 E + 3 H D + 3 J D + 4 F (inputs of
 products, q, k, v, gate, up), and H K attention weights for K keys, in the autocast's dtype; with
-gradient checkpointing E. A prompt's tokens count once for the rows that share it
-(`transformer.SharedPrompts`); each of these has another copy of its H D + 2 J D, on CUDA with its
-prompt's. It is an upper bound, measured on a CPU at 1.0 to 1.8 times the truth for an update and
-1.0 to 2.0 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no attention
-weights, so it is higher there.
+gradient checkpointing E. Where rows share a prompt (`transformer.SharedPrompts`) its tokens count
+once, and q, k and v a second time: attention has copies of them, on CUDA of each row's whole
+sequence. In float32 with grouped heads a GPU keeps the attention weights of these as well, and
+prompts count once a row. It is an upper bound, measured on a CPU at 1.0 to 1.5 times the truth for
+an update and 1.0 to 2.0 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
+attention weights, so it is higher there.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Workload:
     micro_rows: int  # of a training forward
     num_decoded: int  # rows decoded together
     num_prefilled: int  # prompts of them
-    rows_per_prompt: int = 1  # of a training forward's, which feed it once
+    rows_per_prompt: int = 1  # rows that share one in a training forward, where it is fed once
     num_rows: int = 0  # completions kept for the update; 0 in supervised training
     support_size: int = 0  # 0: untruncated
     has_reference: bool = False  # as a second copy
@@ -113,13 +114,18 @@ def memory_estimate(
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * 4  # of one token
     prefilled = work.num_prefilled * work.prompt_length
     tokens, copied = work.micro_rows * (length - 1), 0
-    if work.rows_per_prompt > 1:
-        copied = tokens if work.is_on_cuda else work.micro_rows * (work.completion_length - 1)
+    # Without a fused kernel attention sees whole rows, and keeps its weights for them.
+    is_plain = work.is_on_cuda and not half and shape.num_heads > shape.num_kv_heads
+    if work.rows_per_prompt > 1 and not is_plain:
         num_prompts = math.ceil(work.micro_rows / work.rows_per_prompt)
-        tokens = work.micro_rows * (work.completion_length - 1) + num_prompts * work.prompt_length
+        of_rows, tokens = tokens, work.micro_rows * (work.completion_length - 1)
+        tokens += num_prompts * work.prompt_length
+        copied = of_rows if work.is_on_cuda else tokens
     block = tokens * _bytes_of_a_block(shape, length - 1, narrow)
     block += copied * narrow * shape.head_size * (shape.num_heads + 2 * shape.num_kv_heads)
     kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
+    # The gradient of the head's table waits for the embedding's, if they are tied, and their sum.
+    table = 0 if config.lora_rank else 4 * shape.vocab_size * shape.width
     column = work.micro_rows * shape.vocab_size  # logits of one position
     chunk = min(max(chunk_elements(work.is_on_cuda), column), column * work.completion_length)
     # At once: logits and gradients of those gathered; without a support also log q, in float32.
@@ -148,7 +154,7 @@ def memory_estimate(
         },
         update={
             "activations": shape.num_layers * kept,
-            "at work": max(block + block // 4, logit * chunk),
+            "at work": table + max(block + block // 4, logit * chunk, 2 * table * shape.tied_head),
             "support": work.num_rows * work.completion_length * row,
             # Fifteen tables of the size of what they are.
             "values": 15 * 4 * work.num_nodes * work.num_simulated * work.completion_length,

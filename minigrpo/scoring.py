@@ -1,9 +1,9 @@
 """Scores of whole completions: one forward of the model, and q in few passes over the vocabulary.
 
-    completion_scores    the forward, each prompt once, the head in chunks; the rest are its pieces
+    completion_scores    the forward: a long prompt once for its rows, the head in chunks
     score_all            `policy.score_logits` with a basis, its gradient by hand
     score_untruncated    the same of a large vocabulary on a GPU, without a basis
-    in_chunks            logits [M, C, V] that never exist all at once
+    in_chunks            logits [M, C, V] that never exist all at once; for SFT as well
 
 M rows, P prompts, L prompt tokens, C completion tokens, S support cap, V vocabulary, E width.
 """

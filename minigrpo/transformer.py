@@ -31,7 +31,6 @@ from minigrpo.elementwise import gated_silu, rms_norm, rotate
 
 P = ParamSpec("P")
 R = TypeVar("R")
-V = TypeVar("V")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -101,6 +100,7 @@ class TransformerConfig:
 
 
 def check_model_type(name: str) -> str:
+    """The name itself; ValueError: of no family that is supported."""
     if name not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(f"model_type must be one of {supported} (SmolLM2 is llama), got {name!r}")
