@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
-from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Literal, TypeAlias
@@ -154,8 +153,11 @@ def make_folder(folder: Path) -> None:
 def _take_lock(lock: Path) -> None:
     """Create the lock; take it over from a dead owner and from this Slurm job before a requeue."""
     owner = {"job": os.environ.get("SLURM_JOB_ID", ""), "pid": os.getpid(), "host": HOST}
+    ours = lock.with_name(f"LOCK.{HOST}.{os.getpid()}")
+    ours.unlink(missing_ok=True)  # of a process of this number before us, perhaps the lock itself
+    ours.write_text(json.dumps(owner))
     try:
-        file = lock.open("x")
+        _link(lock, ours)
     except FileExistsError:
         other = _read_owner(lock)
         on_this_host = other["host"] == owner["host"]
@@ -164,19 +166,32 @@ def _take_lock(lock: Path) -> None:
         if is_alive or not (on_this_host or same_job):
             name = f"process {other['pid']} on {other['host']}, job {other['job'] or 'none'}"
             raise ValueError(f"{lock.parent} is in use by {name}; delete {lock} if not") from None
-        file = _replace_lock(lock, other)
-    with file:
-        json.dump(owner, file)
+        _replace_lock(lock, ours, other)
+    finally:
+        ours.unlink(missing_ok=True)
 
 
-def _replace_lock(lock: Path, dead: dict[str, str]) -> TextIOWrapper:
-    """A new lock for that of a dead owner; of several processes that try, one succeeds."""
+def _link(lock: Path, ours: Path) -> None:
+    """The lock with its owner in it from the first moment; FileExistsError: there is one.
+
+    A file that is created and then written would be empty if the process is killed in between, and
+    an empty lock is nobody's to take over.
+    """
+    try:
+        lock.hardlink_to(ours)
+    except OSError:  # there is one, or the file system has no links
+        with lock.open("x") as file:
+            file.write(ours.read_text())
+
+
+def _replace_lock(lock: Path, ours: Path, dead: dict[str, str]) -> None:
+    """Our lock for that of a dead owner; of several processes that try, one succeeds."""
     aside = lock.with_name(f"LOCK.{HOST}.{os.getpid()}.tmp")
     try:
         lock.rename(aside)  # unlink could hit the lock of a process that was quicker
         if _read_owner(aside) == dead:
             aside.unlink()
-            return lock.open("x")
+            return _link(lock, ours)
         aside.rename(lock)
     except (FileNotFoundError, FileExistsError):
         pass

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
@@ -263,6 +263,67 @@ def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:
     (tmp_path / "LOCK").write_text("")
     with pytest.raises(ValueError, match="names no owner"):
         open_run(tmp_path, overwrite=False, resume=True)
+
+
+@pytest.mark.parametrize("is_taken_over", [False, True])
+def test_a_lock_names_its_owner_from_the_first_moment(
+    is_taken_over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any line that takes the lock, a process leaves none, or one with an owner."""
+    code = {f.__code__ for f in (runs._take_lock, runs._link, runs._replace_lock)}
+    unlink = Path.unlink
+
+    class Killed(BaseException):
+        pass
+
+    def is_killed_at(line: int) -> bool:
+        left = iter(range(line, -1, -1))
+
+        def trace(frame: FrameType, event: str, argument: object) -> object:
+            if frame.f_code in code and event == "line" and next(left, -1) == 0:
+                monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # nothing is tidied up
+                raise Killed
+            return trace if frame.f_code in code else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)  # type: ignore[arg-type]
+        try:
+            runs._take_lock(folder / "LOCK")
+        except Killed:
+            return True
+        finally:
+            sys.settrace(before)
+            monkeypatch.setattr(Path, "unlink", unlink)
+        return False
+
+    for line in range(100):
+        folder = tmp_path / str(line)
+        folder.mkdir()
+        if is_taken_over:
+            write_lock(folder, dead_process())
+        if not is_killed_at(line):
+            break
+        if (folder / "LOCK").exists():
+            assert runs._read_owner(folder / "LOCK")["host"] == HOST
+        with open_run(folder, overwrite=False, resume=True):
+            assert runs._read_owner(folder / "LOCK")["pid"] == str(os.getpid())
+    assert line > 5  # so many instants were tried
+
+
+def test_where_there_are_no_links_a_lock_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(path: Path, target: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "hardlink_to", unsupported)
+    for dead in (False, True):
+        if dead:
+            write_lock(tmp_path, dead_process())
+        with open_run(tmp_path, overwrite=False, resume=True):
+            assert runs._read_owner(tmp_path / "LOCK")["pid"] == str(os.getpid())
+            with pytest.raises(FileExistsError):
+                runs._link(tmp_path / "LOCK", tmp_path / "STATUS")
 
 
 def test_a_file_is_no_save_dir(tmp_path: Path) -> None:
