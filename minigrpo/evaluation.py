@@ -31,6 +31,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from minigrpo.config import Settings
 from minigrpo.data import Task, keyed_generator, make_prompts, token_uniforms
 from minigrpo.distributed import gather_rows, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
@@ -43,7 +44,6 @@ from minigrpo.shapes import check_record
 from minigrpo.transformer import Transformer
 
 RESAMPLES = 2000
-DECODED_ROWS = 512  # together, where nobody says how many
 UNTRUNCATED = ActingPolicy(temperature=1.0, top_p=1.0)
 MODES = ("greedy", "sampled", "best_of", "mpc")
 Summary = dict[str, float | list[float] | None]  # name_ci95 holds the two ends of an interval
@@ -115,7 +115,7 @@ def evaluate_policy(
     acting: ActingPolicy | None,
     seed: int,
     attempt: int = 0,
-    rows_per_batch: int = DECODED_ROWS,
+    rows_per_batch: int = Settings.rows_per_batch,
 ) -> CaseResults:
     """One plan for each start [K, 2], applied open loop; `acting` None is greedy, without a seed.
 
@@ -151,7 +151,7 @@ def receding_horizon(
     starts: Tensor,
     task: Task,
     progress: Callable[[range], Iterable[int]] = iter,
-    rows_per_batch: int = DECODED_ROWS,
+    rows_per_batch: int = Settings.rows_per_batch,
 ) -> CaseResults:
     """Greedy MPC from starts [K, 2]: at each of the T steps plan anew, apply one control.
 
@@ -272,7 +272,11 @@ def paired_difference(a: CaseResults, b: CaseResults, lqr: CaseResults, seed: in
 
 
 def validation_metrics(
-    model: Transformer, starts: Tensor, task: Task, seed: int, rows_per_batch: int = DECODED_ROWS
+    model: Transformer,
+    starts: Tensor,
+    task: Task,
+    seed: int,
+    rows_per_batch: int = Settings.rows_per_batch,
 ) -> dict[str, float]:
     """The eval/ metrics of training: a greedy and a sampled plan from each start.
 

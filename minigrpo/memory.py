@@ -113,14 +113,9 @@ def memory_estimate(
     length = work.prompt_length + work.completion_length
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * 4  # of one token
     prefilled = work.num_prefilled * work.prompt_length
-    tokens, copied = work.micro_rows * (length - 1), 0
     # Without a fused kernel attention sees whole rows, and keeps its weights for them.
     is_plain = work.is_on_cuda and not half and shape.num_heads > shape.num_kv_heads
-    if work.rows_per_prompt > 1 and not is_plain:
-        num_prompts = math.ceil(work.micro_rows / work.rows_per_prompt)
-        of_rows, tokens = tokens, work.micro_rows * (work.completion_length - 1)
-        tokens += num_prompts * work.prompt_length
-        copied = of_rows if work.is_on_cuda else tokens
+    tokens, copied = _tokens_of_a_micro_batch(work, is_plain)
     block = tokens * _bytes_of_a_block(shape, length - 1, narrow)
     block += copied * narrow * shape.head_size * (shape.num_heads + 2 * shape.num_kv_heads)
     kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
@@ -163,6 +158,16 @@ def memory_estimate(
         },
         has_graphs=has_graphs,
     )
+
+
+def _tokens_of_a_micro_batch(work: Workload, is_plain: bool) -> tuple[int, int]:
+    """Tokens that a block sees, and tokens whose q, k and v attention copies for shared prompts."""
+    of_rows = work.micro_rows * (work.prompt_length + work.completion_length - 1)
+    if work.rows_per_prompt == 1 or is_plain:
+        return of_rows, 0
+    num_prompts = math.ceil(work.micro_rows / work.rows_per_prompt)
+    tokens = num_prompts * work.prompt_length + work.micro_rows * (work.completion_length - 1)
+    return tokens, of_rows if work.is_on_cuda else tokens
 
 
 def _num_parameters(shape: TransformerConfig, config: RunSettings) -> tuple[int, int]:

@@ -34,8 +34,8 @@ EDGES = {
     "sft": "config distributed transformer optim policy scoring tokenizer data",
     "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "
     "scoring lora prompts sampling reward tokenizer data",
-    "evaluation": "shapes distributed transformer double_integrator policy lqr prompts reward data "
-    "rollout",
+    "evaluation": "config shapes distributed transformer double_integrator policy lqr prompts "
+    "reward data rollout",
     "update": "config counterfactual distributed transformer grpo optim scoring rollout",
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer hugging_face double_integrator lora runs lqr "

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_hugging_face import CLASSES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 import evaluate
@@ -30,11 +25,6 @@ from minigrpo.hugging_face import find_pretrained, load_transformer
 from minigrpo.prompts import Codec, wording
 from minigrpo.transformer import logits
 
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -50,7 +40,7 @@ def pretrained(folder: Path, family: str = "llama", dtype: torch.dtype = torch.f
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     tokenizer.chat_template = TEMPLATE
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = CLASSES[family]
     torch.manual_seed(0)
     config = config_class(
         vocab_size=260, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
