@@ -340,34 +340,35 @@ def load_trainer(
             f"{base}, got {got}; was the folder it came from trained again?"
         )
     tensors = load_file(path)
-    own = {name: tensors.pop(f"{ADAPTER}{name}", None) for name in adapters(model)}
-    state = _optimizer_state(tensors, model, optimizer, path)
-    weights = loaded.state_dict()
-    if own:
-        expected, got = (made.config.get("lora_alpha") for made in (manifest, saved))
-        if got != expected:
-            raise ValueError(f"{folder}: lora_alpha must be {expected}, got {got}")
-        weights = _adapters_of(own, model, folder)
+    _check_trainer(tensors, model, path)
+    own = adapters(model)
+    weights = {name: tensors.pop(f"{ADAPTER}{name}") for name in own} or loaded.state_dict()
+    expected, got = (made.config.get("lora_alpha") for made in (manifest, saved))
+    if own and got != expected:
+        raise ValueError(f"{folder}: lora_alpha must be {expected}, got {got}")
     places = model.state_dict()
     cut = {name: cut_like(value, places[name]) for name, value in weights.items()}
     model.load_state_dict(cut, strict=not own)
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(_optimizer_state(tensors, model, optimizer))
     return step
 
 
-def _adapters_of(
-    own: dict[str, Tensor | None], model: Transformer, folder: Path
-) -> dict[str, Tensor]:
-    """A checkpoint's adapters; ValueError: not those of these flags."""
-    found = {name: value for name, value in own.items() if value is not None}
-    for name, parameter in adapters(model).items():
-        got = tuple(found[name].shape) if name in found else "none"
-        if got != tuple(parameter.shape):
+def _check_trainer(tensors: dict[str, Tensor], model: Transformer, path: Path) -> None:
+    """ValueError: other adapters than the model's, or AdamW's moments are not of what it trains."""
+    shapes = {f"{ADAPTER}{name}": tuple(value.shape) for name, value in adapters(model).items()}
+    if any(not name.startswith(ADAPTER) for name in tensors):  # there are none before a first step
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                shapes |= {f"{kind}.{name}": tuple(parameter.shape) for kind in MOMENTS}
+                shapes[f"step.{name}"] = ()
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        wanted, got = (sizes.get(name, "none") for sizes in (shapes, found))
+        if got != wanted:
             raise ValueError(
-                f"{folder}: adapter {name} must have shape {tuple(parameter.shape)}, got {got}; "
-                "lora_rank and lora_targets are those of the run"
+                f"{path}: {name} must have shape {wanted}, got {got}; lora_rank and lora_targets "
+                "are those of the run"
             )
-    return found
 
 
 def base_digest(model: Transformer) -> str:
@@ -381,26 +382,18 @@ def base_digest(model: Transformer) -> str:
 
 
 def _optimizer_state(
-    moments: dict[str, Tensor], model: Transformer, optimizer: Optimizer, path: Path
+    moments: dict[str, Tensor], model: Transformer, optimizer: Optimizer
 ) -> dict[str, object]:
-    """Moments by name -> the optimizer's own format, by position; all parameters or none."""
-    groups: list[dict[str, object]] = optimizer.state_dict()["param_groups"]
-    if not moments:
-        return {"state": {}, "param_groups": groups}
+    """Moments by name -> the optimizer's own format, by position; of all parameters or of none."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    keys = [{kind: f"{kind}.{names[parameter]}" for kind in MOMENTS} for parameter in trained]
-    _checked_keys(moments, {name for key in keys for name in key.values()}, str(path))
-    for parameter, key in zip(trained, keys, strict=True):
-        for kind, shape in zip(MOMENTS, (parameter.shape, parameter.shape, ()), strict=True):
-            got = tuple(moments[key[kind]].shape)
-            if got != shape:
-                raise ValueError(f"{path}: {key[kind]} must have shape {tuple(shape)}, got {got}")
-    state = [
-        {kind: cut_like(moments[name], parameter) for kind, name in key.items()}
-        for parameter, key in zip(trained, keys, strict=True)
-    ]
-    return {"state": dict(enumerate(state)), "param_groups": groups}
+    state = {
+        place: {
+            kind: cut_like(moments[f"{kind}.{names[parameter]}"], parameter) for kind in MOMENTS
+        }
+        for place, parameter in enumerate(trained if moments else [])
+    }
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,15 +21,11 @@ V = TypeVar("V", bound=Value)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def flag(
-    default: V,
-    help_text: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-) -> V:
-    """A dataclass field that carries its help and its range (a Literal needs none)."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+
+
+def flag(default: V, help_text: str, **limits: float) -> V:
+    """A dataclass field that carries its help and its range: `LIMITS` (a Literal needs none)."""
     return field(default=default, metadata={"help": help_text, "limits": limits})
 
 
@@ -53,21 +50,12 @@ class Settings:
             value, choices = getattr(self, item.name), get_args(hints[item.name])
             if choices and value not in choices:
                 raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value}")
-            if not isinstance(value, str):
-                _check_range(item.name, value, **item.metadata["limits"])
-
-
-def _check_range(
-    name: str, value: float, at_least: float | None, above: float | None, at_most: float | None
-) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} must be above {above}, got {value}")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{name} must be at most {at_most}, got {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{item.name} must be finite, got {value}")
+            for words, limit in item.metadata["limits"].items():
+                if not LIMITS[words](value, limit):
+                    wanted = f"{words.replace('_', ' ')} {limit}"
+                    raise ValueError(f"{item.name} must be {wanted}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -396,9 +384,10 @@ class Resolved(Generic[S]):
 
     def table(self) -> str:
         """What is printed at start, a line for each value."""
-        names = [item.name for item in dataclasses.fields(self.config)]
-        rows = [(name, str(getattr(self.config, name)), self.sources[name]) for name in names]
-        return "\n".join(f"  {name:24s} {value:22s} {source}" for name, value, source in rows)
+        return "\n".join(
+            f"  {name:24s} {value!s:22s} {self.sources[name]}"
+            for name, value in vars(self.config).items()
+        )
 
 
 def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[str, Value]:
@@ -441,9 +430,7 @@ def resolve(
     ValueError: unknown name, wrong type, value out of range.
     """
     resumed = {name: value for name, value in (saved or {}).items() if name not in OF_ONE_PROCESS}
-    defaults: dict[str, Value] = {
-        item.name: getattr(kind, item.name) for item in dataclasses.fields(kind)
-    }
+    defaults: dict[str, Value] = vars(kind())
     layers = (
         ("default", defaults),
         (f"preset {preset}", PRESETS.get((preset, kind), {})),

@@ -9,28 +9,25 @@ saturates; states are never clamped, since a clamped state is a free brake.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from minigrpo.shapes import check_shapes
+from minigrpo.shapes import check_record, check_shapes
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """What the plant did: states k = 0..T, controls as applied, count of states out of bounds."""
 
-    states: Tensor  # [N, T+1, 2] m, m/s
-    controls: Tensor  # [N, T] m/s^2, saturated
-    num_violations: Tensor  # [N] int64, states k = 1..T out of bounds, one for each
+    controls: Annotated[Tensor, "N T"]  # m/s^2, saturated
+    states: Annotated[Tensor, "N T+1 2"]  # m, m/s
+    num_violations: Annotated[Tensor, "N"]  # int64, states k = 1..T out of bounds, one for each
 
     def __post_init__(self) -> None:
-        check_shapes(
-            controls=(self.controls, "N T"),
-            states=(self.states, "N T+1 2"),
-            num_violations=(self.num_violations, "N"),
-        )
+        check_record(self)
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,10 @@ class DoubleIntegrator:
         if bound != round(bound, decimals):
             raise ValueError(f"start_bound must have {decimals} decimals, got {bound}")
 
-    def matrices(
-        self, dtype: torch.dtype = torch.float64, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """A [2, 2] and B [2] of the exact zero-order hold."""
-        transition = torch.tensor([[1.0, self.dt], [0.0, 1.0]], dtype=dtype, device=device)
-        return transition, torch.tensor([self.dt**2 / 2, self.dt], dtype=dtype, device=device)
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [2, 2] and B [2] of the exact zero-order hold, float64."""
+        transition = torch.tensor([[1.0, self.dt], [0.0, 1.0]], dtype=torch.float64)
+        return transition, torch.tensor([self.dt**2 / 2, self.dt], dtype=torch.float64)
 
     def start_grid(self) -> Tensor:
         """All starts [K, 2] float64, position-major; each the float nearest to its text."""

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 AdvantageStd = Literal["group", "batch", "none"]
@@ -181,17 +181,14 @@ def grpo_loss(
     expectation over all tokens (`counterfactual`). Its gradient is subtracted where the ratio is
     within the clip bounds, 0 in value; there `advantages` are of what came after the choice.
     """
-    rows, width = mask.shape
-    names = ("logprobs", "old_logprobs", "ref_logprobs", "expected_values")
-    tensors = (logprobs, old_logprobs, ref_logprobs, expected_values)
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None:
-            _require_shape(name, tensor, M=rows, C=width)
     if advantages.ndim == 1:
-        _require_shape("advantages", advantages, M=rows)
-        advantages = rearrange(advantages, "m -> m 1")
-    else:
-        _require_shape("advantages", advantages, M=rows, C=width)
+        advantages = repeat(advantages, "m -> m c", c=mask.shape[1])
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "expected_values")
+    tensors = (logprobs, old_logprobs, ref_logprobs, advantages, expected_values)
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and tensor.shape != mask.shape:
+            wanted, got = tuple(mask.shape), tuple(tensor.shape)
+            raise ValueError(f"{name} must have the mask's shape {wanted}, got {got}")
 
     low, high = objective.clip_eps_low, objective.clip_eps_high
     # `where` here, once, and not "times mask" later: 0 * NaN is NaN, in value and in gradient.
@@ -228,22 +225,10 @@ def grpo_loss(
             ref_kl=kl.sum(dtype=torch.float64),
             approx_kl=k3_divergence(old, logprobs).sum(dtype=torch.float64),
             ratio_sum=torch.where(mask, ratio, 0.0).sum(dtype=torch.float64),
-            ratio_min=_lowest(torch.where(mask, ratio, torch.inf)),
-            ratio_max=-_lowest(torch.where(mask, -ratio, torch.inf)),
+            ratio_min=torch.where(mask, ratio, torch.inf).amin().double(),
+            ratio_max=torch.where(mask, ratio, -torch.inf).amax().double(),
         )
     return loss, metrics
-
-
-def _require_shape(name: str, tensor: Tensor, **sizes: int) -> None:
-    if tensor.shape != tuple(sizes.values()):
-        expected = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
-        got = tuple(tensor.shape)
-        raise ValueError(f"{name} must have shape [{', '.join(sizes)}] with {expected}, got {got}")
-
-
-def _lowest(values: Tensor) -> Tensor:
-    """The minimum, inf of nothing: a rank may have no rows, where `amin` alone would raise."""
-    return torch.cat([values.flatten(), values.new_tensor([torch.inf])]).amin().double()
 
 
 def policy_loss(

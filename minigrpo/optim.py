@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -34,17 +35,13 @@ def adamw(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors, gains = [p for p in trained if p.ndim < 2], model.norm.weight
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in vectors if p is not gains], "weight_decay": 0.0},
-        {
-            "params": [p for p in vectors if p is gains],
-            "weight_decay": 0.0,
-            "rate": final_norm_rate,
-        },
+        {"params": [p for p in vectors if p is not gains]},
+        {"params": [p for p in vectors if p is gains], "rate": final_norm_rate},
     ]
     fused = all(parameter.is_cuda for parameter in trained)
-    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return AdamW(groups, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

@@ -34,9 +34,6 @@ from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer
 
-CompletionRecord = dict[str, str | bool | float | dict[str, float]]
-SampleRecord = dict[str, str | list[CompletionRecord]]
-
 
 @dataclass(frozen=True)
 class Experience:
@@ -130,15 +127,6 @@ def act(
     return Experience(completions, texts, parsed, trajectories, rewards)
 
 
-@dataclass(frozen=True)
-class RowScores:
-    """Of every sampled token under one policy; the last two with choices."""
-
-    logprobs: Tensor  # [N, C] log q
-    expected: Tensor | None  # [N, C] mean over q of the values of choices
-    mean_offsets: Tensor | None  # [N, C] `ChoiceValues.mean_offset`
-
-
 @torch.no_grad()
 def score_rows(
     model: Transformer,
@@ -149,7 +137,7 @@ def score_rows(
     micro_batches: Iterable[Tensor],
     num_alike: int,
     choices: ChoiceValues | None = None,
-) -> RowScores:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scores of every sampled token by the training forward, without gradient.
 
     In a micro-batch every `num_alike` rows that follow one another have one prompt.
@@ -178,7 +166,8 @@ def score_rows(
             part.append(choices.mean_offset(scores.mass, tokens))
         parts.append(part)
     logprobs, *others = (torch.cat(column) for column in zip(*parts, strict=True))
-    return RowScores(logprobs, *(others or (None, None)))
+    expected, mean_offsets = others or (None, None)
+    return logprobs, expected, mean_offsets
 
 
 def minibatches(prompt_places: Tensor, config: GRPOConfig, step: int) -> Iterator[Tensor]:
@@ -222,7 +211,7 @@ def make_rollout(
     size = config.micro_batch_size
     micro = [part for rows in first_epoch for part in torch.split(rows.to(device), size)]
     alike = rows_per_prompt(config)
-    old = ref = scores = None
+    old = ref = expected = mean_offsets = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         with gathered(model):
@@ -233,17 +222,16 @@ def make_rollout(
                 choices = choices_of(experience, model.config.vocab_size, task, config, reward)
             is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
             if is_old or choices is not None:
-                scores = score_rows(
+                now, expected, mean_offsets = score_rows(
                     model, tokens, mask, completions, config.temperature, micro, alike, choices
                 )
-                old = scores.logprobs if is_old else None
+                old = now if is_old else None
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
                 ref = score_rows(
                     reference, tokens, mask, completions, config.temperature, micro, alike
-                ).logprobs
-    expected = None if scores is None else scores.expected
+                )[0]
     advantages, unit = credited(
         experience.rewards.total, completions.tokens, choices, expected, config
     )
@@ -263,7 +251,7 @@ def make_rollout(
         max_length=task.max_completion_length,
         choices=choices,
         choice_unit=unit,
-        mean_offsets=None if scores is None else scores.mean_offsets,
+        mean_offsets=mean_offsets,
     )
     seconds = {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
     return rollout, experience, seconds
@@ -325,9 +313,7 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
     """Health of a rollout over all ranks: sums and counts first, one division at the end."""
     done, parsed = experience.completions, experience.parsed
     groups = rearrange(rollout.rewards, "(p g) -> p g", g=rollout.group_size)
-    advantages = rollout.advantages
-    if advantages.ndim == 1:
-        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
+    advantages = rollout.advantages.reshape(len(done.mask), -1).expand(done.mask.shape)
     measured = {  # of each row, group or token
         **{f"reward/{name}": value for name, value in experience.rewards.components.items()},
         "reward/total": rollout.rewards,
@@ -348,30 +334,28 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
 
 
 def sample_records(
-    prompts: Prompts, experience: Experience, rollout: Rollout, num_prompts: int = 2
-) -> list[SampleRecord]:
-    """The first prompts with all their completions, components, advantages: for samples.jsonl.
+    prompts: Prompts, experience: Experience, rollout: Rollout
+) -> list[dict[str, object]]:
+    """The first two prompts with all their completions, components, advantages: for samples.jsonl.
 
     With credit for choices a row has no advantage of its own; then it is what `group_advantages`
     makes of the rewards.
     """
-    advantages = rollout.advantages
+    size, advantages = rollout.group_size, rollout.advantages
     if rollout.choices is not None:
-        advantages = group_advantages(rollout.rewards, rollout.group_size, "group")
-    records: list[SampleRecord] = []
-    for p in range(min(num_prompts, len(prompts.texts))):
-        rows = range(p * rollout.group_size, (p + 1) * rollout.group_size)
-        completions: list[CompletionRecord] = [
-            {
-                "text": experience.texts[n],
-                "is_valid": bool(experience.parsed.is_valid[n]),
-                "reward": float(rollout.rewards[n]),
-                "components": {
-                    name: float(v[n]) for name, v in experience.rewards.components.items()
-                },
-                "advantage": float(advantages[n]),
-            }
-            for n in rows
-        ]
-        records.append({"prompt": prompts.texts[p], "completions": completions})
-    return records
+        advantages = group_advantages(rollout.rewards, size, "group")
+    components = experience.rewards.components
+    shown = [
+        {
+            "text": experience.texts[n],
+            "is_valid": bool(experience.parsed.is_valid[n]),
+            "reward": float(rollout.rewards[n]),
+            "components": {name: float(value[n]) for name, value in components.items()},
+            "advantage": float(advantages[n]),
+        }
+        for n in range(min(2 * size, len(rollout.rewards)))
+    ]
+    return [
+        {"prompt": text, "completions": shown[p * size : (p + 1) * size]}
+        for p, text in enumerate(prompts.texts[:2])
+    ]

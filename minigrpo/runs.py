@@ -86,19 +86,9 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def to_json(value: Json) -> str:
-    """One line of JSON; NaN and infinities become null, which every reader accepts."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Json) -> Json:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value]
+def to_json(value: Json, indent: int | None = None) -> str:
+    """JSON without NaN and infinities, which not every reader accepts: they become null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
 
 
 def check_apart(save_dir: Path, name: str, folder: Path) -> None:
@@ -269,9 +259,12 @@ class RunFolder:
                 name += "+"
             (self.folder / "attempts" / name).mkdir(parents=True)
             attempt = {**record, "environment": _cluster_variables()}
-            _write_record(self.folder / "attempts" / name / "attempt.json", attempt)
-            if not (self.folder / "provenance.json").exists():
-                _write_record(self.folder / "provenance.json", record)
+            first = self.folder / "provenance.json"
+            write_text(
+                self.folder / "attempts" / name / "attempt.json", to_json(attempt, indent=2) + "\n"
+            )
+            if not first.exists():
+                write_text(first, to_json(record, indent=2) + "\n")
 
         on_rank_zero(write)
 
@@ -418,10 +411,6 @@ def _cluster_variables() -> dict[str, str]:
     """SLURM_* and NCCL_*, never the whole environment: it holds tokens. SLURM_JWT is one."""
     names = [name for name in sorted(os.environ) if name.startswith(("SLURM_", "NCCL_"))]
     return {name: os.environ[name] for name in names if name != "SLURM_JWT"}
-
-
-def _write_record(path: Path, record: Mapping[str, Json]) -> None:
-    write_text(path, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
 
 class StopSignal:

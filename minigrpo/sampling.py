@@ -100,28 +100,19 @@ def sample_completions(
         decoder = _decoder(model, batch)
         decoded = decoder.decode(model, tokens, mask, drawn, acting.temperature)
         batches.append([part[(wanted - start) * group_size :] for part in decoded])
-    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
+    *columns, ended, support = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    # Fused functions are compiled for each length, so there it stays the same.
+    longest = length if model.is_fused else int(columns[1].sum(dim=1).max())
+    tokens, mask, logprobs, kept_mass, is_capped = (part[:, :longest] for part in columns)
     if bool(logprobs.isnan().any()):
         raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
-    # Fused functions are compiled for each length, so there it stays the same.
-    longest = length if model.is_fused else int(mask.sum(dim=1).max())
-    if acting.top_p == 1.0:
-        stored = None
-    else:
+    stored = None
+    if acting.top_p < 1.0:
         # On padding the support is the pad token alone: a log-prob of 0, whoever computes it.
+        support = support[:, :longest]
         support[:, :, 0] = torch.where(mask, support[:, :, 0], tokens.int())
-        stored = support[:, :longest, : int((support >= 0).sum(dim=-1).max())].contiguous()
-    cut = slice(0, longest)
-    return Completions(
-        tokens[:, cut],
-        mask[:, cut],
-        stored,
-        logprobs[:, cut],
-        ended,
-        kept_mass[:, cut],
-        is_capped[:, cut],
-    )
+        stored = support[:, :, : int((support >= 0).sum(dim=-1).max())].contiguous()
+    return Completions(tokens, mask, stored, logprobs, ended, kept_mass, is_capped)
 
 
 def _product_dtype(model: Transformer, device: torch.device) -> torch.dtype:

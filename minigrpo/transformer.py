@@ -76,19 +76,13 @@ class TransformerConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
-                f"got {self.num_heads}"
-            )
-        if self.model_type == "llama" and self.width % self.num_heads:  # or transformers refuses it
-            raise ValueError(
-                f"width must be a multiple of num_heads={self.num_heads}, got {self.width}"
-            )
-        if self.head_size < 1 or self.head_size % 2:
-            raise ValueError(
-                f"head_size must be positive and even, for rotary positions, got {self.head_size}"
-            )
+        width, heads, kv = self.width, self.num_heads, self.num_kv_heads
+        if heads % kv:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads={kv}, got {heads}")
+        if self.model_type == "llama" and width % heads:  # or transformers refuses it
+            raise ValueError(f"width must be a multiple of num_heads={heads}, got {width}")
+        if self.head_size < 1 or self.head_size % 2:  # rotary positions turn pairs
+            raise ValueError(f"head_size must be positive and even, got {self.head_size}")
 
     @property
     def qkv_bias(self) -> bool:
@@ -511,11 +505,8 @@ def initialise(
             if parameter.ndim < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            depth = (
-                math.sqrt(2 * model.config.num_layers)
-                if name.endswith(("out.weight", "down.weight"))
-                else 1.0
-            )
+            into_residual = name.endswith(("out.weight", "down.weight"))
+            depth = math.sqrt(2 * model.config.num_layers) if into_residual else 1.0
             std = 0.02 if name.startswith(("embed", "head")) else parameter.shape[1] ** -0.5 / depth
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         if features is not None:

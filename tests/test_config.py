@@ -35,7 +35,8 @@ KINDS = [SFTConfig, GRPOConfig, EvalConfig]
 def limits_of(kind: type[Settings], name: str) -> dict[str, object]:
     limits = kind.__dataclass_fields__[name].metadata["limits"]
     assert isinstance(limits, dict)
-    return limits | {"choices": get_args(get_type_hints(kind)[name])}
+    none = dict.fromkeys(("at_least", "above", "at_most"))
+    return none | limits | {"choices": get_args(get_type_hints(kind)[name])}
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_scores_of_other_validation_starts_are_not_compared(
         ("--width 8 --num-heads 16", "width must be a multiple of num_heads=16, got 8"),
         (
             "--width 60 --num-heads 4",
-            "head_size must be positive and even, for rotary positions, got 15",
+            "head_size must be positive and even, got 15",
         ),
     ],
 )

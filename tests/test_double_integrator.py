@@ -186,7 +186,7 @@ def test_wrong_shapes_are_refused():
     ):
         plant.simulate(*draw(3, 8))
     with pytest.raises(ValueError, match=r"states must have shape \[N, T\+1, 2\] with N=3, T=7"):
-        Trajectories(torch.zeros(3, 7, 2), torch.zeros(3, 7), torch.zeros(3))
+        Trajectories(torch.zeros(3, 7), torch.zeros(3, 7, 2), torch.zeros(3))
 
 
 def test_the_grid_holds_every_two_decimal_start_as_the_float_of_its_text():

@@ -631,16 +631,6 @@ def test_an_all_masked_batch_gives_a_finite_0(aggregation: Aggregation) -> None:
     assert torch.equal(merged.vector(), whole.vector())
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_a_micro_batch_without_rows_adds_0(aggregation: Aggregation) -> None:
-    batch = uneven_batch()
-    loss, gradient, metrics = loss_of(batch.rows(slice(0, 0)), aggregation)
-    assert loss.item() == 0.0 and gradient.shape == (0, 11)
-    assert loss_denominator(batch.mask[:0], aggregation, 13).item() == 0.0
-    whole = loss_of(batch, aggregation)[2]
-    assert torch.equal(merge_metrics([metrics, whole]).vector(), whole.vector())
-
-
 def test_equal_lengths_make_the_aggregations_proportional() -> None:
     batch = uneven_batch(filler=0.5)
     full = Batch(batch.logprobs, batch.old, batch.ref, mask_of([11] * 7, 11), batch.advantages)
@@ -956,8 +946,8 @@ def test_advantages_go_along_the_rows_even_of_a_square_batch() -> None:
 def test_wrong_shapes_are_refused_with_expectation_and_got() -> None:
     good = uneven_batch()
     for changed, message in (
-        ({"advantages": torch.zeros(4)}, r"advantages must have shape \[M\] with M=7, got \(4,\)"),
-        ({"advantages": torch.zeros(11, 7)}, r"\[M, C\] with M=7, C=11, got \(11, 7\)"),
+        ({"advantages": torch.zeros(4)}, r"^advantages must .* \(7, 11\), got \(4, 11\)"),
+        ({"advantages": torch.zeros(11, 7)}, r"the mask's shape \(7, 11\), got \(11, 7\)"),
         ({"advantages": torch.zeros(7, 1)}, r"advantages must .* got \(7, 1\)"),
         ({"logprobs": torch.zeros(7, 10)}, r"^logprobs must .* got \(7, 10\)"),
         ({"old": torch.zeros(1, 11)}, r"old_logprobs must .* got \(1, 11\)"),
@@ -993,7 +983,7 @@ def test_expected_values_have_a_gradient_within_the_clip_bounds_and_no_value(
             wanted = -weight / float(denominator) if is_near else 0.0
             assert float(expected.grad[i, t]) == pytest.approx(wanted, abs=ROUNDING)
     assert 5 < num_near < int(batch.mask.sum()) - 5
-    with pytest.raises(ValueError, match="expected_values must have shape"):
+    with pytest.raises(ValueError, match="expected_values must have the mask's shape"):
         grpo_loss(logprobs, *rest, expected[:, :-1])
 
 
