@@ -27,7 +27,7 @@ from minigrpo.distributed import process_group, rank
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import Results
 from minigrpo.policy import ActingPolicy
-from minigrpo.runs import make_folder, on_rank_zero, run_command, write_text
+from minigrpo.runs import make_folder, on_rank_zero, run_command, slow_bfloat16, write_text
 from minigrpo.transformer import Transformer
 
 
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         on_rank_zero(partial(check_writable, folder))  # before an hour of work, not after it
         if rank() == 0:
             print(resolved.table())
-            print(f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}")
+            what = f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}"
+            print(what, *slow_bfloat16(config.precision, device), sep="\n")
             if config.skip_mpc:
                 print("MPC IS SKIPPED: null in evaluation.json, in no statistic")
             else:

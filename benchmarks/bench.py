@@ -295,7 +295,8 @@ ARMS: dict[str, Callable[[Item, Path, int, str], dict[str, Any]]] = {
 PAIRS = {
     "cpu": (
         ("trl", "ours"), ("trl_tuned", "ours"), ("trl", "ours_fused"), ("trl_tuned", "ours_fused"),
-        ("trl_fused", "ours_fused"), ("trl_bf16", "ours_bf16"), ("trl_bf16", "ours_bf16_fused"),
+        ("trl_fused", "ours_fused"), ("trl", "ours_bf16"), ("trl", "ours_bf16_fused"),
+        ("trl_bf16", "ours_bf16"), ("trl_bf16", "ours_bf16_fused"),
         ("trl_bf16_fused", "ours_bf16_fused"),
     ),
     "cuda": (

@@ -37,7 +37,7 @@ from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, 
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lora import adapters
 from minigrpo.optim import has_converged
-from minigrpo.runs import RunFolder, StopSignal, open_run, set_matmul_precision
+from minigrpo.runs import RunFolder, StopSignal, open_run, set_matmul_precision, slow_bfloat16
 from minigrpo.transformer import Transformer
 
 
@@ -104,7 +104,8 @@ class Training:
         if rank() == 0:
             model = self.model
             sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
-            print(*lines, f"device {self.device}, {world_size()} rank(s), {sizes}", sep="\n")
+            place = f"device {self.device}, {world_size()} rank(s), {sizes}"
+            print(*lines, place, *slow_bfloat16(self.config.precision, self.device), sep="\n")
 
     def column(self, name: str) -> list[float]:
         """One metric of the steps so far that have it, in order."""

@@ -1,5 +1,6 @@
 """The run folder: one owner, nothing of others deleted, no step twice, every line valid JSON."""
 
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from minigrpo.runs import (
     open_run,
     run_command,
     set_matmul_precision,
+    slow_bfloat16,
     to_json,
     write_text,
 )
@@ -713,6 +715,20 @@ def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(60.0, "bfloat16 take 60 times"), (2.9, None)])
+def test_bfloat16_in_software_is_warned_of(
+    seconds: float, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the quickest of a few products of each, after one that may be slow."""
+    taken = [0.0, 9.0, 1.0, 2.0, 1.0, 0.0, 9 * seconds, 2 * seconds, seconds, 3 * seconds]
+    clock = iter(itertools.accumulate(taken))
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    found = slow_bfloat16("bfloat16", CPU)
+    assert [said in line for line in found] == ([] if said is None else [True])
+    assert not [*clock]
+    assert slow_bfloat16("float32", CPU) == slow_bfloat16("bfloat16", torch.device("cuda")) == []
 
 
 def test_a_run_that_is_refused_leaves_the_one_it_would_overwrite(tmp_path: Path) -> None:
