@@ -365,10 +365,9 @@ def _check_trainer(tensors: dict[str, Tensor], model: Transformer, path: Path) -
     for name in sorted(shapes.keys() | found.keys()):
         wanted, got = (sizes.get(name, "none") for sizes in (shapes, found))
         if got != wanted:
-            raise ValueError(
-                f"{path}: {name} must have shape {wanted}, got {got}; lora_rank and lora_targets "
-                "are those of the run"
-            )
+            is_adapter = name.startswith(ADAPTER)
+            advice = "; lora_rank and lora_targets are those of the run" if is_adapter else ""
+            raise ValueError(f"{path}: {name} must have shape {wanted}, got {got}{advice}")
 
 
 def base_digest(model: Transformer) -> str:

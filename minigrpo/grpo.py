@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
 
 AdvantageStd = Literal["group", "batch", "none"]
@@ -174,21 +174,22 @@ def grpo_loss(
 
     loss = sum_it w_it (l_it + kl_beta kl_it) / denominator
     logprobs, old_logprobs, ref_logprobs [M, C] nats; mask [M, C] bool; advantages [M], or [M, C]
-    for per-token credit; denominator from `loss_denominator`, of the whole step. M may be 0.
+    for per-token credit; denominator from `loss_denominator`, of the whole step.
     `old_logprobs` None: the rollout feeds exactly one optimizer step, old is `logprobs.detach()`.
     `ref_logprobs` None: no KL term. What lies outside the mask, NaN included, is never seen.
     `expected_values` [M, C], in units of the advantages: sum_a q(a) W(a), what a choice is worth in
     expectation over all tokens (`counterfactual`). Its gradient is subtracted where the ratio is
     within the clip bounds, 0 in value; there `advantages` are of what came after the choice.
     """
-    if advantages.ndim == 1:
-        advantages = repeat(advantages, "m -> m c", c=mask.shape[1])
     names = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "expected_values")
     tensors = (logprobs, old_logprobs, ref_logprobs, advantages, expected_values)
     for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor.shape != mask.shape:
-            wanted, got = tuple(mask.shape), tuple(tensor.shape)
-            raise ValueError(f"{name} must have the mask's shape {wanted}, got {got}")
+        allowed = (mask.shape[:1], mask.shape) if name == "advantages" else (mask.shape,)
+        if tensor is not None and tensor.shape not in allowed:
+            wanted = " or ".join(str(tuple(shape)) for shape in allowed)
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
+    if advantages.ndim == 1:
+        advantages = rearrange(advantages, "m -> m 1")
 
     low, high = objective.clip_eps_low, objective.clip_eps_high
     # `where` here, once, and not "times mask" later: 0 * NaN is NaN, in value and in gradient.

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
-from typing import Any
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -35,7 +34,7 @@ def adamw(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors, gains = [p for p in trained if p.ndim < 2], model.norm.weight
-    groups: list[dict[str, Any]] = [
+    groups: list[dict[str, object]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in vectors if p is not gains]},
         {"params": [p for p in vectors if p is gains], "rate": final_norm_rate},

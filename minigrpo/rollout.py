@@ -34,6 +34,9 @@ from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer
 
+CompletionRecord = dict[str, str | bool | float | dict[str, float]]
+SampleRecord = dict[str, str | list[CompletionRecord]]
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -138,7 +141,8 @@ def score_rows(
     num_alike: int,
     choices: ChoiceValues | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scores of every sampled token by the training forward, without gradient.
+    """Of every sampled token [N, C], by the training forward without gradient: log q and, with
+    choices, the mean over q of their values and `ChoiceValues.mean_offset`.
 
     In a micro-batch every `num_alike` rows that follow one another have one prompt.
 
@@ -222,10 +226,10 @@ def make_rollout(
                 choices = choices_of(experience, model.config.vocab_size, task, config, reward)
             is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
             if is_old or choices is not None:
-                now, expected, mean_offsets = score_rows(
+                logprobs, expected, mean_offsets = score_rows(
                     model, tokens, mask, completions, config.temperature, micro, alike, choices
                 )
-                old = now if is_old else None
+                old = logprobs if is_old else None
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
@@ -313,7 +317,9 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
     """Health of a rollout over all ranks: sums and counts first, one division at the end."""
     done, parsed = experience.completions, experience.parsed
     groups = rearrange(rollout.rewards, "(p g) -> p g", g=rollout.group_size)
-    advantages = rollout.advantages.reshape(len(done.mask), -1).expand(done.mask.shape)
+    advantages = rollout.advantages
+    if advantages.ndim == 1:
+        advantages = repeat(advantages, "n -> n c", c=done.mask.shape[1])
     measured = {  # of each row, group or token
         **{f"reward/{name}": value for name, value in experience.rewards.components.items()},
         "reward/total": rollout.rewards,
@@ -335,7 +341,7 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
 
 def sample_records(
     prompts: Prompts, experience: Experience, rollout: Rollout
-) -> list[dict[str, object]]:
+) -> list[SampleRecord]:
     """The first two prompts with all their completions, components, advantages: for samples.jsonl.
 
     With credit for choices a row has no advantage of its own; then it is what `group_advantages`
@@ -345,7 +351,7 @@ def sample_records(
     if rollout.choices is not None:
         advantages = group_advantages(rollout.rewards, size, "group")
     components = experience.rewards.components
-    shown = [
+    shown: list[CompletionRecord] = [
         {
             "text": experience.texts[n],
             "is_valid": bool(experience.parsed.is_valid[n]),

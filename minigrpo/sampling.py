@@ -100,10 +100,11 @@ def sample_completions(
         decoder = _decoder(model, batch)
         decoded = decoder.decode(model, tokens, mask, drawn, acting.temperature)
         batches.append([part[(wanted - start) * group_size :] for part in decoded])
-    *columns, ended, support = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
     # Fused functions are compiled for each length, so there it stays the same.
-    longest = length if model.is_fused else int(columns[1].sum(dim=1).max())
-    tokens, mask, logprobs, kept_mass, is_capped = (part[:, :longest] for part in columns)
+    longest = length if model.is_fused else int(mask.sum(dim=1).max())
+    tokens, mask, logprobs, kept_mass, is_capped = (part[:, :longest] for part in joined[:5])
     if bool(logprobs.isnan().any()):
         raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
     stored = None

@@ -104,8 +104,8 @@ def check_model_type(name: str) -> str:
 class KVCache:
     """Keys and values of the tokens so far, preallocated; the one object written in place.
 
-    Each head's keys lie together: on a CPU a rollout of the tiny model takes 0.83 times as long as
-    with all rows of a token together, which is what a step appends.
+    Each head's keys lie together, which one CPU's small cache rewards, a large one's and a GPU do
+    not notice (docs/speed.md); all rows of a token together would be what a step appends.
     """
 
     def __init__(

@@ -333,7 +333,7 @@ def test_moments_of_other_parameters_are_refused_and_change_nothing(tmp_path: Pa
         save_file(tensors, path)
         with pytest.raises(ValueError) as caught:
             load_trainer(folder, model, optimizer, MANIFEST)
-        assert str(caught.value).startswith(f"{path}: {message}; lora_rank")
+        assert str(caught.value) == f"{path}: {message}"
         assert_same(everything(model, optimizer), before)
     save_file(moments, path)
     path = folder / "model.safetensors"

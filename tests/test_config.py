@@ -35,8 +35,7 @@ KINDS = [SFTConfig, GRPOConfig, EvalConfig]
 def limits_of(kind: type[Settings], name: str) -> dict[str, object]:
     limits = kind.__dataclass_fields__[name].metadata["limits"]
     assert isinstance(limits, dict)
-    none = dict.fromkeys(("at_least", "above", "at_most"))
-    return none | limits | {"choices": get_args(get_type_hints(kind)[name])}
+    return limits | {"choices": get_args(get_type_hints(kind)[name])}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import untrained_checkpoint
 
+import evaluate
 import train_grpo
 import train_sft
 from minigrpo import runs, training
@@ -724,11 +725,30 @@ def test_bfloat16_in_software_is_warned_of(
     """By the quickest of a few products of each, after one that may be slow."""
     taken = [0.0, 9.0, 1.0, 2.0, 1.0, 0.0, 9 * seconds, 2 * seconds, seconds, 3 * seconds]
     clock = iter(itertools.accumulate(taken))
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = slow_bfloat16("bfloat16", CPU)
     assert [said in line for line in found] == ([] if said is None else [True])
     assert not [*clock]
     assert slow_bfloat16("float32", CPU) == slow_bfloat16("bfloat16", torch.device("cuda")) == []
+
+
+def test_all_programs_warn_of_bfloat16_in_software(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warning(precision: str, device: torch.device) -> list[str]:
+        return [f"warning: {precision} on {device}"]
+
+    for module in (training, evaluate):
+        monkeypatch.setattr(module, "slow_bfloat16", warning)
+    start, device = untrained_checkpoint(tmp_path / "start"), ["--device=cpu"]
+    few = ["--save-dir", str(tmp_path / "run"), "--steps=1", "--eval-cases=8", *device]
+    train_grpo.main([*few, "--init", str(start), "--group-size=2", "--prompts-per-step=8"])
+    few += ["--overwrite", "--horizon=2", "--num-demonstrations=8", "--batch-size=2", "--width=8"]
+    train_sft.main([*few, "--precision=bfloat16", "--num-heads=1"])
+    evaluate.main(["--model-path", str(start), "--num-cases=2", "--skip-mpc", *device])
+    wanted = [f"warning: {precision} on cpu" for precision in ("float32", "bfloat16", "float32")]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("warning: ")] == wanted
 
 
 def test_a_run_that_is_refused_leaves_the_one_it_would_overwrite(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_neither_gradient_nor_metrics_depend_on_the_micro_batch_size(
     sums, *others = accumulate_gradient(model, rollout, rows, whole)
     assert sums.num_clip_low > 2 and sums.num_clip_high > 2
     expected = gradient_of(model)
-    rounding = 1e-14 * float(expected.abs().max())  # of sums of up to 811, in another order
+    rounding = 1e-14 * float(expected.abs().max())  # the same sums in another order
     for size in (1, 2, 3, 4, 7):
         again = a_model().double()
         smaller = replace(config, micro_batch_size=size)
