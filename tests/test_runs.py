@@ -723,7 +723,7 @@ def test_bfloat16_in_software_is_warned_of(
     seconds: float, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the quickest of a few products of each, after one that may be slow."""
-    taken = [0.0, 9.0, 1.0, 2.0, 1.0, 0.0, 9 * seconds, 2 * seconds, seconds, 3 * seconds]
+    taken = [0.0, 5.0, 1.0, 2.0, 1.0, 0.0, 9 * seconds, 2 * seconds, seconds, 3 * seconds]
     clock = iter(itertools.accumulate(taken))
     monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = slow_bfloat16("bfloat16", CPU)
