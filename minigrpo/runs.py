@@ -88,7 +88,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(value: Json, indent: int | None = None) -> str:
-    """JSON without NaN and infinities, which not every reader accepts: they become null."""
+    """JSON without NaN and infinities, which not every reader accepts: they become null.
+
+    Written twice, for json can replace them only where it reads them.
+    """
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
 
 
