@@ -392,7 +392,8 @@ def _provenance(device: torch.device) -> dict[str, Json]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in PACKAGES},
+        # Of torch with the build, which the package's own metadata need not tell.
+        "packages": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
