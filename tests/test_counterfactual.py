@@ -175,7 +175,7 @@ def test_interpolation_and_hat_functions_are_those_of_numpy() -> None:
     grid, heights = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.randn(5).double()
     numbers = torch.tensor([-1.0, -0.3, 0.5, 0.99, torch.nan, torch.nan]).double()
     basis = token_basis(numbers, grid, eos=5)
-    assert basis.shape == (6, 7) and not basis[4:, :5].any()
+    assert basis.shape == (6, 8) and not basis[4:, :5].any() and not basis[:, 7].any()
     assert basis[:, 5].tolist() == [0, 0, 0, 0, 0, 1] and basis[:, 6].tolist() == [0, 0, 0, 0, 1, 0]
     wanted = np.interp([-1.0, -0.3, 0.5, 0.99], grid, heights)
     torch.testing.assert_close(
