@@ -48,6 +48,10 @@ RUN_FOLDERS = frozenset(
 )
 # What a run that was killed before its provenance.json may leave.
 OF_A_START = frozenset("STATUS STATUS.tmp attempts provenance.json.tmp".split())
+TAKES_LESS_MEMORY = (
+    "A smaller --rows-per-batch takes less, in training also --micro-batch-size, "
+    "--gradient-checkpointing, --lora-rank or --parallel fsdp"
+)
 CONSOLE = (  # metric, label, format; a line shows those that the step has
     ("reward/total", "reward", "7.2f"),
     ("rollout/frac_valid", "valid", "4.0%"),
@@ -514,18 +518,21 @@ def slow_bfloat16(precision: str, device: torch.device) -> list[str]:
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 
-    Training that diverged is one line too, with its advice, and status 1. What a mistake carries
-    as notes follows, on one rank. `python -X dev` shows its traceback too.
+    Training that diverged and a GPU without memory are one line too, with its advice, and status 1.
+    What a mistake carries as notes follows, on one rank. `python -X dev` shows its traceback too.
     """
     keep_freed_memory()
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
         place = os.environ.get("RANK", "0")
         message = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            message += f" {TAKES_LESS_MEMORY}"
         start = "error" if place == "0" else f"error on rank {place}"
         notes = getattr(error, "__notes__", []) if place == "0" else []
         print(f"{start}: {message}", *notes, sep="\n", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+        is_mistake = isinstance(error, (ValueError, OSError))
+        raise SystemExit(2 if is_mistake else 1) from None

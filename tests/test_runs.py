@@ -620,6 +620,13 @@ def test_the_deadline_is_in_minutes_and_0_is_none(
         (ValueError("two\nlines"), 2, "two lines"),
         (FileNotFoundError(2, "No such file", "x.json"), 2, "[Errno 2] No such file: 'x.json'"),
         (FloatingPointError("lower learning_rate"), 1, "lower learning_rate"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB."),
+            1,
+            "CUDA out of memory. Tried to allocate 2.00 GiB. A smaller --rows-per-batch takes "
+            "less, in training also --micro-batch-size, --gradient-checkpointing, --lora-rank or "
+            "--parallel fsdp",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_its_status(
