@@ -118,7 +118,7 @@ def run_policies(
     device: torch.device,
 ) -> Results:
     """Every model in every mode; a skipped mode is absent."""
-    acting = ActingPolicy(config.temperature, config.top_p)
+    acting = ActingPolicy(config.temperature, config.top_p, config.support_size)
     wanted = {"best_of": config.best_of > 1, "mpc": not config.skip_mpc}
     modes = [mode for mode in evaluation.MODES if wanted.get(mode, True)]
     results: Results = {name: {} for name in models}

@@ -34,7 +34,13 @@ from minigrpo.distributed import local_world_size, place_model, process_group, r
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.hugging_face import load_transformer
 from minigrpo.lora import add_adapters
-from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
+from minigrpo.memory import (
+    MemoryEstimate,
+    Workload,
+    check_memory,
+    free_memory,
+    memory_estimate,
+)
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import (
@@ -166,6 +172,12 @@ def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
     """
     once = replace(config, num_epochs=1, num_minibatches=1)
     training, reward = split_starts(task.plant).training, reward_function(once, task)
+    needed, free = 4 * config.measure_signal * model.num_trained(), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"measure_signal keeps {config.measure_signal} gradients, {needed / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} are free: fewer, or those of adapters alone, --lora-rank"
+        )
     gradients = torch.empty(config.measure_signal, model.num_trained())  # [K, D], rank 0's
     with process_group(config.device) as device:
         check_batch(once)

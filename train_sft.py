@@ -209,11 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             manifest = Manifest.of_run("sft", config.preset, task, resolved)
             training = Training(run, stop, config, manifest, task, model, optimizer, device)
-            count, rows = config.num_demonstrations, config.steps * config.batch_size
-            plan = f"{count} demonstrations, {config.steps} steps of {config.batch_size}"
-            training.describe(
-                [resolved.table(), str(memory), f"{plan} = {rows / count:.0f} epochs"]
-            )
+            count = config.num_demonstrations
+            size = min(config.batch_size, count)
+            plan = f"{count} demonstrations, {config.steps} steps of {size}"
+            epochs = f"{config.steps * size / count:.0f} epochs"
+            training.describe([resolved.table(), str(memory), f"{plan} = {epochs}"])
             data = training_data(config, task)
             smoothing = label_smoothing(config, task, shape.vocab_size, device)
             width = config.gradient_smoothing_width

@@ -124,6 +124,10 @@ def load_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         found = "no minigrpo.json in it" if folder.is_dir() else "no such folder"
         advice = f"python train_sft.py --save-dir {folder} makes one, train_grpo.py trains it on"
+        if (folder / "config.json").is_file():
+            advice = (
+                f"python train_sft.py --model {folder} --save-dir OTHER makes one of this model"
+            )
         raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
     try:
         values = json.loads(path.read_text())
@@ -132,21 +136,27 @@ def load_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(values, path)
 
 
-def saved_config(folder: Path) -> dict[str, Value] | None:
+def saved_config(folder: Path, stage: str) -> dict[str, Value] | None:
     """The settings of the run in this folder at its newest save; None where nothing was saved.
 
-    ValueError: its published model is damaged, which the next evaluation would stumble over.
+    ValueError: it is of another stage, or its published model is damaged, which the next evaluation
+    would stumble over.
     """
     newest = _latest(folder) or folder
     if not (newest / "minigrpo.json").is_file():
         return None
-    config = load_manifest(newest).config
+    manifest = load_manifest(newest)
+    if manifest.stage != stage:
+        raise ValueError(
+            f"save_dir must hold a run of stage {stage} to be resumed, {folder} holds one of "
+            f"{manifest.stage}: choose another"
+        )
     try:
         published(folder)
     except ValueError as error:
         advice = "delete it, and the next evaluation publishes the model that it has then"
         raise ValueError(f"{error}; {advice}") from error
-    return config
+    return manifest.config
 
 
 def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:

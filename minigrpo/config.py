@@ -307,6 +307,15 @@ class GRPOConfig(RunSettings):
         if self.credit == "choice" and self.advantage_std == "group":
             # 1 / s bounds the deviations that s is made of, not what other choices are worth.
             raise ValueError("advantage_std must be batch or none with credit choice, got group")
+        if self.reward == "punishment":
+            of_progress = [
+                item.name
+                for item in dataclasses.fields(self)
+                if item.name.startswith("reward_") or item.name == "adaptive_terminal"
+            ]
+            changed = [n for n in of_progress if getattr(self, n) != getattr(type(self), n)]
+            if changed:
+                raise ValueError(f"{', '.join(changed)} must be left out with reward punishment")
         if self.measure_signal and self.parallel != "ddp":
             raise ValueError(f"parallel must be ddp with measure_signal, got {self.parallel}")
 
@@ -336,6 +345,9 @@ class EvalConfig(Settings):
     )
     temperature: float = flag(1.0, "of the sampled rows", above=0)
     top_p: float = flag(1.0, "nucleus mass of the sampled rows", above=0, at_most=1)
+    support_size: int = flag(
+        128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1
+    )
     overwrite: bool = flag(False, "replace an evaluation.json that is already there")
 
 

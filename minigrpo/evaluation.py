@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minigrpo.config import Settings
 from minigrpo.data import Task, keyed_generator, make_prompts, token_uniforms
@@ -194,7 +195,10 @@ def _plan(
         group = token_uniforms(seed, prompts.indices, tries, length, "evaluation")  # [P * tries, C]
         uniforms = group[attempt::tries]
     policy = acting or UNTRUNCATED
-    _, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows_per_batch)
+    done, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows_per_batch)
+    if rank() == 0 and bool(done.is_capped.any()):
+        cut = done.is_capped[done.mask].double().mean()
+        tqdm.write(f"WARNING: support_size cut {cut:.0%} of the nuclei; a larger one is slower")
     columns = [share, written.controls, written.is_valid]
     places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
     order = torch.empty(len(starts), dtype=torch.int64)

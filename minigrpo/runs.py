@@ -123,21 +123,24 @@ def open_run(
         raise ValueError("overwrite and resume must not both be given")
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs an extra: pip install -e .[tensorboard]")
-    folder = Path(save_dir)
+    folder, before = Path(save_dir), ""
 
     def prepare() -> None:
+        nonlocal before
         make_folder(folder)
         lock = folder / "LOCK"
         _take_lock(lock)
         try:
             _make_room(folder, overwrite, resume)
-            write_text(folder / "STATUS", "running\n")
+            status = folder / "STATUS"
+            before = status.read_text() if status.exists() else ""
+            write_text(status, "running\n")
         except (OSError, ValueError):
             lock.unlink()
             raise
 
     on_rank_zero(prepare)
-    return RunFolder(folder, tensorboard)
+    return RunFolder(folder, tensorboard, before)
 
 
 def make_folder(folder: Path) -> None:
@@ -247,8 +250,9 @@ def _is_ours(path: Path) -> bool:
 class RunFolder:
     """The open folder of a run; the methods are called on every rank."""
 
-    def __init__(self, folder: Path, tensorboard: bool):
+    def __init__(self, folder: Path, tensorboard: bool, before: str = ""):
         self.folder = folder
+        self._before = before  # STATUS of a run that is resumed, until this attempt has begun
         self._tensorboard = tensorboard
         self._open = ExitStack()  # what is to be closed
         self._scalar: Callable[[str, float, int], None] | None = None
@@ -260,6 +264,7 @@ class RunFolder:
         """Write what this process shall do, and with what: attempts/, at first provenance.json."""
 
         def write() -> None:
+            self._before = ""
             record = {"config": config, **_provenance(device)}
             job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
             name = f"{job}.{restart or 0}" if job else time.strftime("%Y%m%d-%H%M%S")
@@ -363,7 +368,9 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         if kind is not None and not self._is_done and rank() == 0:
             with suppress(OSError):  # of a full disk the error that is on its way tells
-                write_text(self.folder / "STATUS", "failed\n")
+                # A refusal to resume leaves the run as it was.
+                before = self._before if issubclass(kind, ValueError) else ""
+                write_text(self.folder / "STATUS", before or "failed\n")
         self.close()
 
 

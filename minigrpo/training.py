@@ -33,7 +33,14 @@ from minigrpo.checkpoint import (
 )
 from minigrpo.config import GRPOConfig, SFTConfig, Value, check_saved, parse_flags
 from minigrpo.data import Task, split_starts
-from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, world_size
+from minigrpo.distributed import (
+    any_rank,
+    check_equal_weights,
+    from_rank_zero,
+    gathered,
+    rank,
+    world_size,
+)
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lora import adapters
 from minigrpo.optim import has_converged
@@ -47,7 +54,8 @@ def given_and_saved(
     """The flags that were given and, with --resume, the settings of the run in save_dir, if any."""
     given = parse_flags(kind, arguments)
     save_dir = Path(str(given.get("save_dir", kind.save_dir)))
-    saved = saved_config(save_dir) if given.get("resume") else None
+    stage = "sft" if kind is SFTConfig else "grpo"
+    saved = saved_config(save_dir, stage) if given.get("resume") else None
     if saved is not None:
         check_saved(kind, saved, given)
     return given, saved or {}
@@ -96,6 +104,9 @@ class Training:
         self.is_resumed, self.is_stopped, self.done = start is not None, False, 0
         if start is not None:
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
+        best = from_rank_zero(lambda: published(run.folder))
+        # Of a step that is to be done again, perhaps by other settings: the next evaluation replaces it.
+        self.is_ahead = best is not None and best[0] > self.done
         self.history: list[dict[str, float]] = []  # metrics of step 0, 1, ...
         run.record_attempt(vars(self.config), self.device)
 
@@ -174,6 +185,7 @@ class Training:
                 model, validation, self.task, config.seed, config.rows_per_batch
             )
         score = metrics["eval/greedy_reward"]
-        if is_best(folder, score):
+        if self.is_ahead or is_best(folder, score):
+            self.is_ahead = False
             publish_model(folder, model, self.task, self.manifest, self.done, score)
         return metrics

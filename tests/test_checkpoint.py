@@ -498,13 +498,13 @@ def test_the_longest_completion_holds_every_plan() -> None:
 
 
 def test_the_saved_settings_are_those_of_the_newest_save(tmp_path: Path) -> None:
-    assert saved_config(tmp_path) is None
+    assert saved_config(tmp_path, MANIFEST.stage) is None
     model, optimizer = make_model()
     publish_model(tmp_path, model, TASK, MANIFEST, 1, 1.0)
-    assert saved_config(tmp_path) == MANIFEST.config
+    assert saved_config(tmp_path, MANIFEST.stage) == MANIFEST.config
     newer = replace(MANIFEST, config={"steps": 9})
     folder = save_checkpoint(tmp_path, 2, model, optimizer, TASK, newer)
-    assert saved_config(tmp_path) == {"steps": 9} == load_manifest(folder).config
+    assert saved_config(tmp_path, MANIFEST.stage) == {"steps": 9} == load_manifest(folder).config
 
 
 def test_a_damaged_published_model_is_found_before_the_run_goes_on(tmp_path: Path) -> None:
@@ -514,9 +514,9 @@ def test_a_damaged_published_model_is_found_before_the_run_goes_on(tmp_path: Pat
     path = tmp_path / "model.safetensors"
     damage_by_cutting(path)
     with pytest.raises(ValueError, match=rf"{path} is not a readable .*; delete it, and the next"):
-        saved_config(tmp_path)
+        saved_config(tmp_path, MANIFEST.stage)
     path.unlink()
-    assert saved_config(tmp_path) == MANIFEST.config and is_best(tmp_path, -1e9)
+    assert saved_config(tmp_path, MANIFEST.stage) == MANIFEST.config and is_best(tmp_path, -1e9)
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,3 +542,11 @@ def test_a_run_is_not_resumed_with_another_kl_reference(tmp_path: Path) -> None:
         train_grpo.main([*flags, "--resume", "--steps", "2"])
     train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0"])  # none is needed
     train_grpo.main([*flags, "--resume", "--steps", "3", "--kl-beta", "0.1"])  # there was none
+
+
+def test_a_model_without_a_manifest_is_to_be_trained_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"train_sft.py --save-dir {tmp_path} makes one"):
+        load_manifest(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"train_sft.py --model {tmp_path} --save-dir OTHER"):
+        load_manifest(tmp_path)

@@ -308,7 +308,7 @@ def test_a_run_saved_by_another_version_is_refused() -> None:
 @pytest.mark.parametrize("trainer, kind", [(train_grpo, GRPOConfig), (train_sft, SFTConfig)])
 def test_both_trainers_refuse_to_resume_it(trainer, kind, monkeypatch, tmp_path) -> None:
     saved = dataclasses.asdict(kind()) | {"control_variate": "none"}
-    monkeypatch.setattr(training, "saved_config", lambda folder: saved)
+    monkeypatch.setattr(training, "saved_config", lambda folder, stage: saved)
     with pytest.raises(ValueError, match="the saved run must have the settings of this version"):
         trainer.main(["--save-dir", str(tmp_path / "run"), "--resume"])
 
@@ -318,7 +318,7 @@ def test_scores_of_other_validation_starts_are_not_compared(
     trainer, kind, monkeypatch, tmp_path
 ) -> None:
     saved = dataclasses.asdict(kind(eval_cases=8))
-    monkeypatch.setattr(training, "saved_config", lambda folder: saved)
+    monkeypatch.setattr(training, "saved_config", lambda folder, stage: saved)
     flags = ["--save-dir", str(tmp_path / "run"), "--resume", "--eval-cases"]
     with pytest.raises(ValueError, match=r"eval_cases must be 8 to resume this run, .* got 64: "):
         trainer.settings([*flags, "64"])
@@ -381,7 +381,7 @@ def test_the_source_of_the_preset_is_where_it_came_from(
     if saved is not None:
         name = str(saved.get("preset", "tiny"))
         saved = vars(resolve(SFTConfig, saved, name).config)
-    monkeypatch.setattr(training, "saved_config", lambda folder: saved)
+    monkeypatch.setattr(training, "saved_config", lambda folder, stage: saved)
     resolved = train_sft.settings(flags.split())
     assert (resolved.config.preset, resolved.sources["preset"]) == (preset, source)
     assert resolved.config.learning_rate == (4e-3 if preset == "tiny" else 2e-5)
@@ -390,3 +390,12 @@ def test_the_source_of_the_preset_is_where_it_came_from(
 def test_choices_are_not_divided_by_the_spread_of_their_group() -> None:
     with pytest.raises(ValueError, match="advantage_std must be batch or none with credit choice"):
         GRPOConfig(credit="choice", advantage_std="group")
+
+
+@pytest.mark.parametrize("name", ["reward_baseline", "reward_constraints_cap", "adaptive_terminal"])
+def test_what_the_punishing_reward_does_not_read_is_refused_with_it(name: str) -> None:
+    value: bool | float = True if name == "adaptive_terminal" else 7.0
+    assert GRPOConfig(**{name: value}).reward == "progress"
+    assert GRPOConfig(reward="punishment").reward_baseline == 50.0
+    with pytest.raises(ValueError, match=f"^{name} must be left out with reward punishment$"):
+        GRPOConfig(reward="punishment", **{name: value})

@@ -648,3 +648,14 @@ def test_no_command_decodes_more_rows_together_than_it_was_told(tmp_path, monkey
     sizes.append(len(told))
     # greedy and sampled before and after, and a rollout; greedy, sampled, twice, each of two steps
     assert sizes == [4, 9, 15] and set(told) == {3}
+
+
+@pytest.mark.parametrize(("size", "is_cut"), [("2", True), ("999", False)])
+def test_a_nucleus_that_support_size_cuts_is_told(folders, capsys, tmp_path, size, is_cut):
+    flags = ["--model-path", folders["grpo"], "--device", "cpu", "--num-cases", "4", "--skip-mpc"]
+    flags += ["--temperature", "50", "--top-p", "0.9", "--save-dir", str(tmp_path / "out")]
+    evaluate.main([*flags, "--support-size", size])
+    found = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert [line.startswith("WARNING: support_size cut 100%") for line in found] == [True] * is_cut
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert report["config"]["support_size"] == int(size)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 
@@ -17,12 +18,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import untrained_checkpoint
 
 import evaluate
 import train_grpo
 import train_sft
 from minigrpo import runs, training
+from minigrpo.checkpoint import published
 from minigrpo.runs import (
     HOST,
     RunFolder,
@@ -820,3 +823,83 @@ def test_a_run_that_never_improved_says_that_it_publishes_its_start(
     train_grpo.main([*flags.split(), "--init", init, "--save-dir", str(tmp_path / "run")])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("that is the model it started from") == is_told
+
+
+FEW = "--device cpu --prompts-per-step 2 --group-size 2 --num-minibatches 1 --eval-every 1"
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
+    train_grpo.main([*FEW.split(), "--init", str(init), "--save-dir", str(folder), "--steps=1"])
+    before = contents(folder)
+    with pytest.raises(ValueError, match="lora_rank"):
+        train_grpo.main(["--save-dir", str(folder), "--resume", "--device=cpu", "--lora-rank=2"])
+    with pytest.raises(ValueError, match=r"of stage sft to be resumed, .* holds one of grpo"):
+        train_sft.main(["--save-dir", str(folder), "--resume", "--device=cpu"])
+    assert contents(folder) == before and before["STATUS"] == b"finished\n"
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "second", "best"),
+    [
+        # Killed after step 1, whose model is published, and before there was a checkpoint.
+        ("3", [1.0, 5.0], [2.0, 1.0, 1.5, 1.75], (0, 2.0)),
+        ("3", [1.0, 5.0], [2.0, 3.0, 1.5, 1.75], (1, 3.0)),
+        # Finished, so that step 1 has a checkpoint.
+        ("1", [1.0, 5.0], [4.0, 3.0], (1, 5.0)),
+        ("1", [1.0, 5.0], [4.0, 6.0], (3, 6.0)),
+    ],
+)
+def test_a_resumed_run_publishes_nothing_of_steps_that_it_does_again(
+    steps: str, first: list[float], second: list[float], best: tuple[int, float],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    scores = iter(first)
+
+    def validation(*_: object) -> dict[str, float]:
+        score = next(scores, None)
+        if score is None:
+            raise KeyboardInterrupt
+        return {"eval/greedy_reward": score}
+
+    monkeypatch.setattr(training, "validation_metrics", validation)
+    init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
+    flags = [*FEW.split(), "--init", str(init), "--save-dir", str(folder)]
+    with suppress(KeyboardInterrupt):
+        train_grpo.main([*flags, "--steps", steps])
+    assert published(folder) == (1, 5.0)
+    scores = iter(second)
+    train_grpo.main([*flags, "--resume", "--steps=3"])
+    assert published(folder) == best and next(scores, None) is None
+
+
+def test_supervised_training_counts_the_demonstrations_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--device cpu --horizon 2 --width 8 --num-heads 1 --eval-cases 8 --steps 3"
+    few = "--num-demonstrations 4 --batch-size 64"
+    train_sft.main([*flags.split(), *few.split(), "--save-dir", str(tmp_path / "run")])
+    assert "4 demonstrations, 3 steps of 4 = 3 epochs" in capsys.readouterr().out
+
+
+def test_gradients_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_grpo, "free_memory", lambda device: 2**20)
+    init = str(untrained_checkpoint(tmp_path / "init"))
+    with pytest.raises(ValueError, match=r"keeps 999 gradients, .* 0\.0 are free"):
+        train_grpo.main([*FEW.split(), "--init", init, "--measure-signal=999"])
+
+
+def test_where_nothing_is_well_formed_credit_for_each_control_teaches_the_format(
+    tmp_path: Path,
+) -> None:
+    init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
+    weights = load_file(init / "model.safetensors")
+    head = weights["lm_head.weight"]
+    head[head[:, 0] > 0.25, 0] = 5.0  # EOS at once
+    save_file(weights, init / "model.safetensors", metadata={"format": "pt"})
+    train_grpo.main([*FEW.split(), "--init", str(init), "--save-dir", str(folder), "--steps=1"])
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["rollout/frac_valid"] == last["reward/total"] == 0
+    assert last["update/grad_norm"] > 0.01
