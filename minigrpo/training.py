@@ -105,7 +105,7 @@ class Training:
         if start is not None:
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
         best = from_rank_zero(lambda: published(run.folder))
-        # Of a step that is to be done again, perhaps by other settings: the next evaluation replaces it.
+        # Of a step that is done again, perhaps by other settings: the next evaluation replaces it.
         self.is_ahead = best is not None and best[0] > self.done
         self.history: list[dict[str, float]] = []  # metrics of step 0, 1, ...
         run.record_attempt(vars(self.config), self.device)

@@ -837,6 +837,10 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of stage sft to be resumed, .* holds one of grpo"):
         train_sft.main(["--save-dir", str(folder), "--resume", "--device=cpu"])
     assert contents(folder) == before and before["STATUS"] == b"finished\n"
+    with suppress(ValueError), open_run(folder, overwrite=False, resume=True) as run:
+        run.record_attempt({}, CPU)
+        raise ValueError("of a run that has begun")
+    assert (folder / "STATUS").read_text() == "failed\n"
 
 
 @pytest.mark.parametrize(
