@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minigrpo.config import Settings
 from minigrpo.data import Task, keyed_generator, make_prompts, token_uniforms
@@ -198,7 +197,7 @@ def _plan(
     done, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows_per_batch)
     if rank() == 0 and bool(done.is_capped.any()):
         cut = done.is_capped[done.mask].double().mean()
-        tqdm.write(f"WARNING: support_size cut {cut:.0%} of the nuclei; a larger one is slower")
+        print(f"WARNING: support_size cut {cut:.0%} of the nuclei; a larger one is slower")
     columns = [share, written.controls, written.is_valid]
     places, *values = (torch.cat(parts) for parts in zip(*gather_rows(columns), strict=True))
     order = torch.empty(len(starts), dtype=torch.int64)
