@@ -276,8 +276,6 @@ def credited(
     if choices is None or expected is None:
         return group_advantages(rewards, config.group_size, config.advantage_std, everybodys), None
     scale = advantage_scale(rewards, config.group_size, config.advantage_std, everybodys)
-    # Where all rewards are equal, as of malformed text alone, other choices have other values.
-    scale = torch.where(scale > 0, scale, 1.0)
     unit = repeat(scale, "p -> (p g)", g=config.group_size).to(tokens.device)
     later = later_values(choices, tokens, expected, config.credit_lambda)
     return rearrange(unit, "n -> n 1") * later, unit.float()
