@@ -391,12 +391,14 @@ def last_lines(item: Item, report: dict[str, Any]) -> list[str]:
 
 def ceilings(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """The rates that floors are made of: large products, and a copy."""
-    from minigrpo.runs import set_matmul_precision
+    from minigrpo.runs import set_matmul_precision, slow_bfloat16
 
-    device, size = given.device, 1024 if given.device == "cpu" else 8192
+    device, large = given.device, 1024 if given.device == "cpu" else 8192
     set_matmul_precision("auto", torch.device(device))
     rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
+        is_slow = dtype == torch.bfloat16 and slow_bfloat16("bfloat16", torch.device(device))
+        size = 256 if is_slow else large  # or half a minute goes by
         a = torch.randn(size, size, device=device, dtype=dtype)
         seconds = quickest(lambda a=a: a @ a, device)  # type: ignore[misc]
         rates[f"{str(dtype).removeprefix('torch.')}_gflops"] = round(2e-9 * size**3 / seconds, 1)
@@ -761,6 +763,7 @@ def main() -> None:
     given = parser.parse_args()
     given.item = given.item or ("tiny" if given.device == "cpu" else "gpu-ref")
     item = ITEMS[given.item]
+    are_chosen = bool(given.arms)
     given.arms = (given.arms or DEFAULT_ARMS[given.device]).split(",")
     if unknown := set(given.arms) - set(ARMS):
         parser.error(f"--arms must be of {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
@@ -774,6 +777,11 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here")
+    from minigrpo.runs import slow_bfloat16
+
+    if not are_chosen and slow_bfloat16("bfloat16", torch.device(given.device)):
+        given.arms = [arm for arm in given.arms if "bf16" not in arm]
+        print("bfloat16 is computed in software here: its arms are left out unless --arms has them")
     if given.core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {given.core})
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else ""
