@@ -892,3 +892,11 @@ def test_gradients_that_do_not_fit_are_refused(
     init = str(untrained_checkpoint(tmp_path / "init"))
     with pytest.raises(ValueError, match=r"keeps 999 gradients, .* 0\.0 are free"):
         train_grpo.main([*FEW.split(), "--init", init, "--measure-signal=999"])
+
+
+def test_torch_is_recorded_with_its_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata of PyPI's CUDA wheels lack it."""
+    monkeypatch.setattr(runs, "version", lambda name: "1.0")
+    folder = finished_run(tmp_path / "run")
+    packages = json.loads((folder / "provenance.json").read_text())["packages"]
+    assert packages["torch"] == torch.__version__ and packages["numpy"] == "1.0"
