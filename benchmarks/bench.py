@@ -737,7 +737,7 @@ def save(report: dict[str, Any], out: str) -> None:
         Path(out).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -760,6 +760,11 @@ def main() -> None:
     parser.add_argument("--out", default="")
     parser.add_argument("--arm", choices=tuple(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = flags()
     given = parser.parse_args()
     given.item = given.item or ("tiny" if given.device == "cpu" else "gpu-ref")
     item = ITEMS[given.item]

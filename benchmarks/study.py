@@ -400,7 +400,7 @@ def curve_of(record: dict, key: str, seconds: float | None = None) -> plots.Seri
     return steps * scale, np.array([row[key] for row in rows])
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -410,12 +410,16 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--table", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw, train nothing")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = flags().parse_args()
     if given.figures:
         draw_figures(given.figures)
         return
     for seed in [] if given.table else given.seeds:
-        for name in given.arms or arms:
+        for name in given.arms or [*LONG_ARMS, *SHORT_ARMS]:
             if not (RESULTS / f"{name}-seed{seed}.json").is_file():
                 run_arm(name, seed, given.work_dir)
     print(main_table(), component_table(), short_table(), sep="\n\n")
