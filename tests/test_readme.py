@@ -3,6 +3,7 @@
 Prose goes stale in silence; here it fails.
 """
 
+import doctest
 import importlib
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import untrained_checkpoint
 
 import train_grpo
@@ -38,11 +40,15 @@ FOREIGN_FLAGS = {
 }  # fmt: skip
 
 
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
 def blocks(text: str) -> Iterator[str]:
-    """Fenced blocks without a language, then code in running text."""
-    for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        yield from block.splitlines()
-    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    """Lines of fenced blocks without a language, then code in running text."""
+    for language, block in FENCE.findall(text):
+        if not language:
+            yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -139,9 +145,7 @@ def test_every_name_of_the_code_exists() -> None:
     pattern = rf"(?<![\w./])({'|'.join(MODULES)})((?:\.\w+)+)"
     count = 0
     for page, text in TEXTS.items():
-        code = "\n".join(
-            [*blocks(text), *re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
-        )
+        code = "\n".join(blocks(text))
         for module, path in set(re.findall(pattern, code)):
             names = path.strip(".").split(".")
             if names[-1] in ("py", "sbatch", "md", "json"):
@@ -178,6 +182,18 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged(tmp_path:
     components = {name for name in logged if name.startswith("reward/")} - {"reward/total"}
     assert len(components) == 9
     assert logged - components - {"step"} == documented - {"reward/<component>"}
+
+
+def test_one_step_of_grpo_has_the_numbers_that_its_page_says() -> None:
+    page = ROOT / "docs" / "one_step.md"
+    example = doctest.DocTestParser().get_doctest(
+        re.sub(r"^```.*$", "", page.read_text(), flags=re.MULTILINE), {}, page.name, str(page), 0
+    )
+    assert len(example.examples) > 50
+    said: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(example, out=said.append)
+    torch.set_printoptions(profile="default")
+    assert not said, "".join(said)
 
 
 def results_of(arm: str) -> list[dict]:
