@@ -177,7 +177,7 @@ def _draw_gains(axis: Axes, components: dict[str, Series]) -> None:
     order = sorted(smooth, key=lambda name: smooth[name][1][0] - smooth[name][1][-1])
     for place, name in enumerate(order):
         steps, values = smooth[name]
-        label = f"{name.removeprefix('reward/')}  {values[0]:.1f} to {values[-1]:.1f}"
+        label = f"{name.removeprefix('reward/')}  {values[0]:z.1f} to {values[-1]:z.1f}"
         colour, dashes = PALETTE[place % len(PALETTE)], "-" if place < len(order) / 2 else "--"
         axis.plot(steps, values - values[0], color=colour, linestyle=dashes, label=label)
     axis.set_ylabel("gain since the start of the run (points)")
