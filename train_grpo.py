@@ -295,7 +295,7 @@ def rollout_and_update(
     )
     updating, simulate = time.perf_counter(), None
     if config.follow_policy and rollout.choices is not None:
-        simulate = choice_simulator(model.config.vocab_size, task, reward)
+        simulate = choice_simulator(model.config.vocab_size, task, reward, training.device)
     updated, skipped = update_policy(
         model, training.optimizer, rollout, acting, step, rate, kernel, simulate
     )

@@ -69,7 +69,7 @@ class Plans:
     def __post_init__(self) -> None:
         check_record(self)
 
-    def moved(self, rows: Tensor, shift: Tensor, bound: float) -> Plans:
+    def moved(self, rows: Tensor, shift: Tensor, bound: Tensor) -> Plans:
         """Those of some rows [M], each control moved by shift [M, T], m/s^2, within the bound."""
         own, others = (
             (plan[rows] + shift).clamp(-bound, bound) for plan in (self.own, self.others)
@@ -104,7 +104,8 @@ class ChoiceValues:
         # No product of matrices, which autocast would round; 0 for words
         written = (self.basis[:, :nodes] * self.grid).sum(dim=-1)[tokens]  # [M, C]
         distance = self.grid - rearrange(written, "m c -> m c 1")
-        on_numbers = mass[..., :nodes]
+        # bfloat16 would be added up in float32 under CUDA's autocast, and nowhere else.
+        on_numbers = mass[..., :nodes].to(torch.promote_types(mass.dtype, self.grid.dtype))
         return (on_numbers * distance).sum(dim=-1) / on_numbers.sum(dim=-1).clamp(min=1e-6)
 
     def of_tokens(self, tokens: Tensor) -> Tensor:

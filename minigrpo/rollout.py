@@ -297,18 +297,18 @@ def choices_of(
     is_whole = plans.num_written.cpu() > task.plant.horizon
     if not torch.equal(is_whole, experience.parsed.is_valid):
         raise ValueError("tokens and text must agree on what is well-formed: one token a control")
-    return choice_simulator(vocab_size, task, reward)(plans, tokens.shape[1])
+    return choice_simulator(vocab_size, task, reward, tokens.device)(plans, tokens.shape[1])
 
 
 def choice_simulator(
-    vocab_size: int, task: Task, reward: RewardFunction
+    vocab_size: int, task: Task, reward: RewardFunction, device: torch.device
 ) -> Callable[[Plans, int], ChoiceValues]:
-    """`counterfactual.choice_values` of plans and a completion length."""
-    values, eos = token_values(task.tokenizer, vocab_size), int(task.tokenizer.eos_token_id)
+    """`counterfactual.choice_values` of plans on the device and a completion length."""
+    values = token_values(task.tokenizer, vocab_size).to(device)
+    eos = int(task.tokenizer.eos_token_id)
 
     def simulate(plans: Plans, length: int) -> ChoiceValues:
-        on_device = values.to(plans.own.device)
-        return choice_values(plans, length, on_device, eos, task.plant, task.cost, reward)
+        return choice_values(plans, length, values, eos, task.plant, task.cost, reward)
 
     return simulate
 

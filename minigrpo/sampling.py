@@ -102,7 +102,7 @@ def sample_completions(
         batches.append([part[(wanted - start) * group_size :] for part in decoded])
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
-    # Fused functions are compiled for each length, so there it stays the same.
+    # Fused functions are compiled for each shape, so there it stays the same.
     longest = length if model.is_fused else int(mask.sum(dim=1).max())
     tokens, mask, logprobs, kept_mass, is_capped = (part[:, :longest] for part in joined[:5])
     if bool(logprobs.isnan().any()):
@@ -112,7 +112,8 @@ def sample_completions(
         # On padding the support is the pad token alone: a log-prob of 0, whoever computes it.
         support = support[:, :longest]
         support[:, :, 0] = torch.where(mask, support[:, :, 0], tokens.int())
-        stored = support[:, :, : int((support >= 0).sum(dim=-1).max())].contiguous()
+        widest = support.shape[2] if model.is_fused else int((support >= 0).sum(dim=-1).max())
+        stored = support[:, :, :widest].contiguous()
     return Completions(tokens, mask, stored, logprobs, ended, kept_mass, is_capped)
 
 
@@ -141,11 +142,11 @@ class _Batch:
 
 @dataclass
 class _Kept:
-    """Of one model: copies of its weights by dtype and, on CUDA, its decoders."""
+    """Of one model: copies of its weights by dtype and place and, on CUDA, its decoders."""
 
     seen: set[_Batch] = field(default_factory=set)
     decoders: dict[_Batch, _Decoder] = field(default_factory=dict)
-    copies: dict[torch.dtype, Transformer] = field(default_factory=dict)
+    copies: dict[tuple[torch.dtype, torch.device], Transformer] = field(default_factory=dict)
 
 
 MAX_DECODERS = 4  # training, greedy and sampled validation, one to spare
@@ -296,10 +297,10 @@ class _Decoder:
 
 
 def _kept_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
-    copies = _KEPT.setdefault(model, _Kept()).copies
-    if dtype not in copies:
-        copies[dtype] = _copy_for_decoding(model, dtype)
-    return copies[dtype]
+    copies, kind = _KEPT.setdefault(model, _Kept()).copies, (dtype, model.embed.weight.device)
+    if kind not in copies:
+        copies[kind] = _copy_for_decoding(model, dtype)
+    return copies[kind]
 
 
 def _copy_for_decoding(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -132,7 +132,7 @@ def accumulate_gradient(
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     gap = torch.zeros((), device=device)
-    choices = rollout.choices
+    choices, advantages = rollout.choices, rollout.advantages.to(device)
     parts, nobody = [], torch.zeros(1, dtype=torch.int64, device=device)
     for i in range(num_micro):
         chosen = rows[i * config.micro_batch_size : (i + 1) * config.micro_batch_size]
@@ -157,14 +157,15 @@ def accumulate_gradient(
             old,
             rows_of(rollout.ref_logprobs, chosen),
             mask,
-            rollout.advantages.to(device)[chosen],
+            advantages[chosen],
             denominator,
             objective,
             expected,
         )
         backward(model, loss)
         parts.append(metrics)
-        entropy += cast(Tensor, scores.entropy)[mask].sum()
+        # `where` and not an index, for which a GPU's host would have to wait.
+        entropy += torch.where(mask, cast(Tensor, scores.entropy), 0.0).sum()
         # None: this is the only optimizer step, and the log-probs of now are the old ones.
         old = scores.logprobs.detach() if old is None else old
         difference = torch.where(mask, old - rollout.sampling_logprobs[chosen], 0.0)
@@ -192,8 +193,8 @@ def expected_values(
         horizon, length = choices.plans.own.shape[1], values.shape[1]
         padded = shift.new_zeros(len(rows), max(horizon, length))
         padded[:, :length] = shift
-        bound = float(choices.grid[-1])
-        values = simulate(choices.plans.moved(rows, padded[:, :horizon], bound), length).values
+        moved = choices.plans.moved(rows, padded[:, :horizon], bound=choices.grid[-1])
+        values = simulate(moved, length).values
     return (mass * values).sum(dim=-1) * rearrange(unit[rows], "n -> n 1")
 
 

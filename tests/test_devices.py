@@ -12,7 +12,7 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import scoring
+from minigrpo import sampling, scoring
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
@@ -115,7 +115,7 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
                 assert value.device == device, name
         updated, _ = update_policy(
             model, torch.optim.SGD(trained, 0.0), rollout, config, 0, 0.1, None,
-            choice_simulator(shape.vocab_size, task, reward),
+            choice_simulator(shape.vocab_size, task, reward, device),
         )  # fmt: skip
         found = rollout_metrics(rollout, experience) | updated
         return found | validation_metrics(model, starts.validation[:3], task, 0)
@@ -148,3 +148,10 @@ def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):
             if step == 1:
                 recorded = len(num_graphs)
     assert len(num_graphs) == recorded > 0
+
+
+def test_a_model_that_moved_is_cast_again(gpu):
+    model = Transformer(TransformerConfig("llama", 31, 16, 24, 1, 2, 2, 8))
+    assert sampling._kept_copy(model, torch.bfloat16).norm.weight.device == torch.device("cpu")
+    placed(model)
+    assert sampling._kept_copy(model, torch.bfloat16).norm.weight.device == DEVICE

@@ -461,7 +461,10 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precisio
     rollout, _ = rolled(config, model=model)
     assert rollout.choices is not None and rollout.mean_offsets is not None
     assert rollout.mean_offsets[rollout.completion_mask].abs().max() > 0.3
-    plans, simulate = rollout.choices.plans, choice_simulator(VOCAB, TASK, final_distance)
+    plans, simulate = (
+        rollout.choices.plans,
+        choice_simulator(VOCAB, TASK, final_distance, torch.device("cpu")),
+    )
     seen = []
 
     def watched(moved, length):
