@@ -26,8 +26,7 @@ def exact_products():
     torch.set_float32_matmul_precision("highest")
 
 
-def work(model_type, padded, seed=0, num_prompts=6, group=4, length=37):
-    vocab = 61
+def work(model_type, padded, seed=0, num_prompts=6, group=4, length=37, vocab=61):
     tied = model_type == "qwen2"
     model = Transformer(TransformerConfig(model_type, vocab, 32, 48, 2, 4, 2, 8, tied_head=tied))
     generator = torch.Generator().manual_seed(seed)
@@ -79,6 +78,22 @@ def test_a_replayed_graph_draws_what_the_cpu_draws(model_type, padded, top_p):
     assert_same(again, sample(model, prompts, mask, other, stop, acting, "cpu"))
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("vocab", [61, 4200])  # above 4096 draws and top-p go by blocks
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_graph_of_any_vocabulary_reads_the_temperature_of_now(top_p, vocab, is_fused):
+    model, prompts, mask, uniforms, _ = work("qwen2", False, vocab=vocab)
+    stop = StopRule((), 0, uniforms.shape[1])  # fused, a batch keeps its length in any case
+    for temperature in (1.3, 1.3, 1.3, 0.9):  # as it comes, recorded, replayed
+        acting = ActingPolicy(temperature, top_p, 9)
+        model.is_fused = False
+        expected = sample(model, prompts, mask, uniforms, stop, acting, "cpu")
+        model.is_fused = is_fused
+        found = sample(model, prompts, mask, uniforms, stop, acting, "cuda")
+        assert_same(found, expected)
+
+
 def test_greedy_and_batches_of_rows_are_the_same_on_both():
     model, prompts, mask, uniforms, stop = work("qwen2", True)
     acting = ActingPolicy(1.0, 1.0)
@@ -110,20 +125,33 @@ def test_a_graph_sees_the_weights_of_now():
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize("shared_from", [1, 99])
+@pytest.mark.parametrize("kept", ["all", "all, with a basis", "a support"])
 def test_scores_and_gradients_are_those_of_the_cpu(
-    model_type, padded, is_fused, shared_from, monkeypatch
+    model_type, padded, is_fused, shared_from, kept, monkeypatch
 ):
     monkeypatch.setattr("minigrpo.scoring.SHARED_FROM", shared_from)
     model, prompts, mask, _, _ = work(model_type, padded)
-    tokens = torch.randint(2, model.config.vocab_size, (2 * len(prompts), 11))
+    vocab, rows = model.config.vocab_size, 2 * len(prompts)
+    tokens, support, basis = torch.randint(2, vocab, (rows, 11)), None, None
+    if kept == "a support":
+        order = torch.rand(rows, 11, vocab).scatter(-1, tokens[..., None], 2.0)
+        support = order.topk(9, dim=-1).indices.int()
+        support[3, :, 4:] = -1
+    elif kept == "all, with a basis":
+        basis = torch.rand(vocab, 5)
     found = []
     for device in ("cpu", "cuda"):
         model = model.to(device)
         model.is_fused = is_fused and device == "cuda"
         model.zero_grad(set_to_none=True)
-        args = (prompts.to(device), mask.to(device), tokens.to(device), None, 1.2)
-        scores = completion_scores(model, *args)
-        (scores.logprobs * torch.linspace(-1, 1, 11, device=device)).sum().backward()
+        parts = (prompts, mask, tokens, support, basis)
+        *args, basis_there = (None if part is None else part.to(device) for part in parts)
+        scores = completion_scores(model, *args, 1.2, basis_there)
+        weights = torch.linspace(-1, 1, 11, device=device)
+        loss = (scores.logprobs * weights).sum()
+        if scores.mass is not None:
+            loss = loss + (scores.mass.square().sum(dim=-1) * weights).sum()
+        loss.backward()
         gradients = [p.grad.cpu().clone() for p in model.parameters()]  # .to moves those too
         found.append([scores.logprobs.detach().cpu(), scores.entropy.cpu(), *gradients])
     for theirs, ours in zip(*found, strict=True):
