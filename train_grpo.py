@@ -219,8 +219,11 @@ def settings(
     init = given.get("init", saved.get("init", GRPOConfig.init))
     if not given.get("measure_signal"):  # which writes nothing
         check_apart(save_dir, "init", Path(str(init)))
-    started = saved.get("init", init)
-    if Path(str(started)).resolve() != Path(str(init)).resolve():
+    started = Path(str(saved.get("init", init)))
+    if saved and "init" not in given and not started.exists():
+        raise ValueError(f"{save_dir} began from {started}, which is not here: --init says where")
+    # What was moved since, or is relative to another folder, is known by its weights.
+    if started.exists() and started.resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))
     resolved = resolve(GRPOConfig, given, origin.preset, saved)

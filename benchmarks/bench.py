@@ -772,6 +772,13 @@ def main() -> None:
     given.arms = (given.arms or DEFAULT_ARMS[given.device]).split(",")
     if unknown := set(given.arms) - set(ARMS):
         parser.error(f"--arms must be of {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
+    sections = (given.sections or DEFAULT[given.device]).split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        parser.error(f"--sections must be of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    if min(given.steps, given.loops) < 1:
+        parser.error("--steps and --loops must be at least 1")
+    if not Path(given.out).resolve().parent.is_dir():
+        parser.error(f"--out must be a file in a folder that is there, got {given.out}")
     if given.device == "cpu":
         torch.set_num_threads(1)
     if given.arm:
@@ -788,6 +795,8 @@ def main() -> None:
         given.arms = [arm for arm in given.arms if "bf16" not in arm]
         print("bfloat16 is computed in software here: its arms are left out unless --arms has them")
     if given.core is not None and hasattr(os, "sched_setaffinity"):
+        if given.core not in os.sched_getaffinity(0):
+            parser.error(f"--core must be one of {sorted(os.sched_getaffinity(0))}")
         os.sched_setaffinity(0, {given.core})
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else ""
     report: dict[str, Any] = {
@@ -797,7 +806,7 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         write_work(item, Path(name))
-        for section in (given.sections or DEFAULT[given.device]).split(","):
+        for section in sections:
             if time.perf_counter() - began > given.budget_s:
                 report[section] = "skipped: --budget-s is spent"
                 continue

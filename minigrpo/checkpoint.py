@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -229,10 +229,17 @@ def published(folder: Path) -> tuple[int, float] | None:
     return int(metadata["step"]), float(metadata["score"])
 
 
-def is_best(folder: Path, score: float) -> bool:
-    """Does the score beat the published model's? Rank 0 looks, so that all ranks agree on it."""
+def is_best(folder: Path, step: int, score: float, before: Sequence[float]) -> bool:
+    """Shall the model of this step be published, with this score, after those `before`?
+
+    If it beats the published one. That may be of this step or a later one, which a resumed run does
+    again, perhaps by other settings: then a score as good as all before it replaces what no line
+    of metrics.jsonl stands for. Rank 0 looks, so that all ranks agree.
+    """
     best = from_rank_zero(lambda: published(folder))
-    return best is None or score > best[1]
+    if best is None or score > best[1]:
+        return True
+    return best[0] >= step and score >= max(before, default=score)
 
 
 def save_checkpoint(

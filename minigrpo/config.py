@@ -170,9 +170,9 @@ class SFTConfig(RunSettings):
     )
     steps: int = flag(1200, "optimizer steps", at_least=1)
     batch_size: int = flag(64, "demonstrations per optimizer step", at_least=1)
-    learning_rate: float = flag(4e-3, "peak of the cosine schedule", above=0)
+    learning_rate: float = flag(4e-3, "peak of the cosine schedule", above=0, at_most=1000)
     warmup_steps: int = flag(20, "steps of linear warm-up", at_least=0)
-    weight_decay: float = flag(0.1, "AdamW decay of the matrices", at_least=0)
+    weight_decay: float = flag(0.1, "AdamW decay of the matrices", at_least=0, at_most=1000)
     smoothing_width: float = flag(
         0.03,
         "tiny model: ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers",
@@ -222,12 +222,13 @@ class GRPOConfig(RunSettings):
     support_size: int = flag(
         128, "most tokens a nucleus may hold; without effect at top_p 1", at_least=1
     )
-    learning_rate: float = flag(1e-5, "peak of the schedule", above=0)
+    learning_rate: float = flag(1e-5, "peak of the schedule", above=0, at_most=1000)
     final_norm_rate: float = flag(
         1.0,
         "multiple of the learning rate for the final norm's gains, which scale all logits and so "
         "say how sure the policy is; adapters leave them as they are",
         above=0,
+        at_most=1000,
     )
     warmup_steps: int = flag(10, "steps of linear warm-up", at_least=0)
     decay_steps: int = flag(
@@ -243,7 +244,7 @@ class GRPOConfig(RunSettings):
     stop_patience: int = flag(
         0, "finish after that many evaluations without a new best one; 0: never", at_least=0
     )
-    weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0)
+    weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0, at_most=1000)
     target_kl: float = flag(
         0.0,
         "the optimizer steps that are left of a rollout are not made once the policy has drifted "

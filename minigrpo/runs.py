@@ -281,12 +281,11 @@ class RunFolder:
 
         on_rank_zero(write)
 
-    def start(self, step: int, num_steps: int) -> None:
-        """Go on after `step` finished steps (-1: keep nothing): cut the logs back, open the bar.
+    def cut_logs(self, step: int) -> None:
+        """Keep what was logged until `step` (-1: nothing).
 
         ValueError: metrics.jsonl lacks some of these steps, which schedules look back on.
         """
-        self._num_steps = num_steps
 
         def cut() -> None:
             for name in ("metrics.jsonl", "samples.jsonl"):
@@ -301,6 +300,10 @@ class RunFolder:
                     write_text(path, "".join(lines))
 
         on_rank_zero(cut)
+
+    def start(self, step: int, num_steps: int) -> None:
+        """Go on after `step` finished steps: open the progress bar and TensorBoard."""
+        self._num_steps = num_steps
         if rank() == 0:
             self._bar = tqdm(total=num_steps, initial=max(step, 0), unit="step", disable=None)
             self._open.callback(self._bar.close)
@@ -314,7 +317,7 @@ class RunFolder:
     def history(self) -> list[dict[str, float]]:
         """The metrics of the steps that a resumed run has done: what its schedules look back on.
 
-        Rank 0 reads them for all; to be called on every rank, after `start`. NaN stands for null.
+        Rank 0 reads them for all; call it on every rank, after `cut_logs`. NaN stands for null.
         """
 
         def read() -> list[dict[str, float]]:
@@ -338,6 +341,13 @@ class RunFolder:
         if self._bar is not None:
             self._bar.update(max(step, 0) - self._bar.n)
         tqdm.write(console_line(step, self._num_steps, metrics))
+
+    def log_again(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Another line of metrics.jsonl for the last step, in place of the one it has."""
+        if rank() == 0:
+            path, line = self.folder / "metrics.jsonl", to_json({"step": step, **metrics})
+            write_text(path, "".join(_lines_until(path, step - 1)) + line + "\n")
+            tqdm.write(console_line(step, self._num_steps, metrics))
 
     def log_text(self, *lines: str) -> None:
         """Lines for the console alone."""

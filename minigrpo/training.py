@@ -36,7 +36,6 @@ from minigrpo.data import Task, split_starts
 from minigrpo.distributed import (
     any_rank,
     check_equal_weights,
-    from_rank_zero,
     gathered,
     rank,
     world_size,
@@ -104,10 +103,8 @@ class Training:
         self.is_resumed, self.is_stopped, self.done = start is not None, False, 0
         if start is not None:
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
-        best = from_rank_zero(lambda: published(run.folder))
-        # Of a step that is done again, perhaps by other settings: the next evaluation replaces it.
-        self.is_ahead = best is not None and best[0] > self.done
-        self.history: list[dict[str, float]] = []  # metrics of step 0, 1, ...
+        run.cut_logs(self.done if self.is_resumed else -1)
+        self.history = run.history() if self.is_resumed else []  # metrics of step 0, 1, ...
         run.record_attempt(vars(self.config), self.device)
 
     def describe(self, lines: Sequence[str]) -> None:
@@ -125,11 +122,13 @@ class Training:
     def steps(self) -> Iterator[int]:
         """The number of finished steps before each step, until the last, a stop or convergence."""
         self.run.start(self.done if self.is_resumed else -1, self.config.steps)
-        if self.is_resumed:
-            self.history = self.run.history()
-        else:
+        if not self.is_resumed:
             self.history.append(self._evaluate())
             self.run.log(0, self.history[0])
+        elif self.is_finished() and "eval/greedy_reward" not in self.history[-1]:
+            # It was stopped there, and --steps ends it there: no model goes out unseen.
+            self.history[-1] |= self._evaluate()
+            self.run.log_again(self.done, self.history[-1])
         while not (self.is_stopped or self.is_finished()):
             yield self.done
 
@@ -174,7 +173,11 @@ class Training:
         if rank() == 0 and (best := published(folder)):
             print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
             if best[0] == 0 and self.done > 0:
-                print("that is the model it started from: no trained one was better in validation")
+                seen = len(self.column("eval/greedy_reward")) > 1
+                why = (
+                    "no trained one was better in validation" if seen else "no other was evaluated"
+                )
+                print(f"that is the model it started from: {why}")
 
     def _evaluate(self) -> dict[str, float]:
         """Validation metrics of the model as it is, which is published if it is the best so far."""
@@ -185,7 +188,6 @@ class Training:
                 model, validation, self.task, config.seed, config.rows_per_batch
             )
         score = metrics["eval/greedy_reward"]
-        if self.is_ahead or is_best(folder, score):
-            self.is_ahead = False
+        if is_best(folder, self.done, score, self.column("eval/greedy_reward")):
             publish_model(folder, model, self.task, self.manifest, self.done, score)
         return metrics

@@ -12,8 +12,17 @@
 
 cd "${root:?the batch script sets it}" || exit
 env_file=${MINIGRPO_ENV:-$root/slurm/env.sh}
-# shellcheck source=/dev/null
-if [[ -r $env_file ]]; then set +u; source "$env_file"; set -u; fi # conda reads unset variables
+if [[ -r $env_file ]]; then
+    trap 'echo "error: $env_file failed at: $BASH_COMMAND" >&2' ERR
+    set +u # conda reads unset variables
+    # shellcheck source=/dev/null
+    source "$env_file"
+    set -u
+    trap - ERR
+elif [[ -n ${MINIGRPO_ENV:-} ]]; then
+    echo "error: MINIGRPO_ENV must be a readable script, got $MINIGRPO_ENV" >&2
+    exit 2
+fi
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_node=${nodes[0]:?no node list}

@@ -365,10 +365,18 @@ def test_a_published_model_loads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_best_model_is_the_one_with_the_highest_score(tmp_path: Path) -> None:
-    assert published(tmp_path) is None and is_best(tmp_path, -1e9)
+    assert published(tmp_path) is None and is_best(tmp_path, 0, -1e9, [])
     publish_model(tmp_path, make_model()[0], TASK, MANIFEST, 4, 1.5)
     assert published(tmp_path) == (4, 1.5)
-    assert is_best(tmp_path, 1.75) and not is_best(tmp_path, 1.5) and not is_best(tmp_path, 1.25)
+    for score, expected in ((1.75, True), (1.5, False), (1.25, False)):
+        assert is_best(tmp_path, 5, score, [1.0]) == expected
+    for step, score, before, expected in (
+        (4, 1.25, [1.0, 1.25], True),  # step 4 is done again
+        (3, 1.25, [1.0], True),
+        (3, 1.25, [1.0, 1.375], False),  # less than what came before it
+        (0, -1.0, [], True),  # the run begins anew
+    ):
+        assert is_best(tmp_path, step, score, before) == expected
 
 
 def test_a_kill_while_publishing_leaves_one_whole_model(
@@ -516,7 +524,9 @@ def test_a_damaged_published_model_is_found_before_the_run_goes_on(tmp_path: Pat
     with pytest.raises(ValueError, match=rf"{path} is not a readable .*; delete it, and the next"):
         saved_config(tmp_path, MANIFEST.stage)
     path.unlink()
-    assert saved_config(tmp_path, MANIFEST.stage) == MANIFEST.config and is_best(tmp_path, -1e9)
+    assert saved_config(tmp_path, MANIFEST.stage) == MANIFEST.config and is_best(
+        tmp_path, 0, -1e9, []
+    )
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

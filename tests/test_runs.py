@@ -416,10 +416,12 @@ def test_resuming_at_a_step_leaves_each_step_once(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss/to')  # cut off by a kill
     with open_run(folder, overwrite=False, resume=True) as run:
+        run.cut_logs(3)
         run.start(3, 5)
         for step in (4, 5):
-            run.log(step, {"loss/total": -1.0})
+            run.log(step, {"loss/total": -2.0})
             run.log_sample(step, {"text": "2.00"})
+            run.log_again(step, {"loss/total": -1.0})
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert steps_of(folder / name) == [0, 1, 2, 3, 4, 5]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -430,7 +432,7 @@ def test_resuming_at_a_step_leaves_each_step_once(tmp_path: Path) -> None:
 def test_resuming_without_a_checkpoint_starts_the_logs_anew(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     with open_run(folder, overwrite=False, resume=True) as run:
-        run.start(-1, 2)
+        run.cut_logs(-1)
         assert (folder / "metrics.jsonl").read_text() == ""
 
 
@@ -444,7 +446,7 @@ def test_a_run_is_not_resumed_without_the_metrics_of_its_steps(tmp_path: Path) -
         with open_run(folder, overwrite=False, resume=True) as run:
             message = f"metrics.jsonl must have a line .* from 0 to 4, .* got {min(4, len(kept))}: "
             with pytest.raises(ValueError, match=message):
-                run.start(4, 5)
+                run.cut_logs(4)
     assert (folder / "samples.jsonl").read_bytes() == samples
 
 
@@ -455,7 +457,7 @@ def test_a_broken_line_inside_a_log_is_an_error_that_names_it(tmp_path: Path) ->
         with pytest.raises(
             ValueError, match=r"metrics.jsonl: line 2 must be an object with a step"
         ):
-            run.start(1, 2)
+            run.cut_logs(1)
 
 
 def test_each_attempt_has_a_record_of_its_own(
@@ -836,6 +838,12 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of stage sft to be resumed, .* holds one of grpo"):
         train_sft.main(["--save-dir", str(folder), "--resume", "--device=cpu"])
     assert contents(folder) == before and before["STATUS"] == b"finished\n"
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(lines[0])
+    before = contents(folder)
+    with pytest.raises(ValueError, match="must have a line for each step"):
+        train_grpo.main(["--save-dir", str(folder), "--resume", "--device=cpu", "--steps=2"])
+    assert contents(folder) == before
     with suppress(ValueError), open_run(folder, overwrite=False, resume=True) as run:
         run.record_attempt({}, CPU)
         raise ValueError("of a run that has begun")
@@ -874,6 +882,56 @@ def test_a_resumed_run_publishes_nothing_of_steps_that_it_does_again(
     scores = iter(second)
     train_grpo.main([*flags, "--resume", "--steps=3"])
     assert published(folder) == best and next(scores, None) is None
+
+
+def test_a_resumed_run_keeps_a_model_that_is_better_than_what_it_does_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between publishing step 2 and its checkpoint, resumed with settings that do worse."""
+    scores = iter([1.0, 3.0, 5.0, 2.0, 3.5, 6.0])
+    found = lambda *_: {"eval/greedy_reward": next(scores)}  # noqa: E731
+    monkeypatch.setattr(training, "validation_metrics", found)
+    init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
+    flags = [*FEW.split(), "--init", str(init), "--save-dir", str(folder), "--save-every=1"]
+    train_grpo.main([*flags, "--steps=2"])
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    for steps, best in ((2, (2, 5.0)), (3, (2, 5.0)), (4, (4, 6.0))):
+        train_grpo.main([*flags, "--resume", f"--steps={steps}"])
+        assert published(folder) == best
+
+
+def test_what_ends_a_run_early_is_evaluated_before_it_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
+    flags = [*FEW.split(), "--eval-every=9", "--init", str(init), "--save-dir", str(folder)]
+    train_grpo.main([*flags, "--steps=9", "--stop-after-minutes=1e-9"])
+    assert capsys.readouterr().out.endswith("started from: no other was evaluated\n")
+    assert (folder / "STATUS").read_text() == "stopped\n"
+    before = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert "eval/greedy_reward" not in before[-1]
+    samples = (folder / "samples.jsonl").read_bytes()
+    train_grpo.main([*flags, "--resume", "--steps=1"])
+    assert (folder / "STATUS").read_text() == "finished\n"
+    after = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert after[0] == before[0] and len(after) == len(before) == 2
+    assert "eval/greedy_reward" in after[1] and after[1] | before[1] == after[1]
+    assert (folder / "samples.jsonl").read_bytes() == samples
+
+
+def test_a_run_finds_its_start_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained_checkpoint(tmp_path / "init")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train_grpo.main([*FEW.split(), "--init=init", "--save-dir=other/run", "--steps=1"])
+    monkeypatch.chdir("other")
+    resumed = ["--device=cpu", "--save-dir=run", "--resume", "--steps=2"]
+    with pytest.raises(ValueError, match="run began from init, which is not here: --init says"):
+        train_grpo.main(resumed)
+    train_grpo.main([*resumed, "--init=../init"])
+    assert steps_of(Path("run/metrics.jsonl")) == [0, 1, 2]
 
 
 def test_supervised_training_counts_the_demonstrations_it_has(
