@@ -226,11 +226,11 @@ def settings(
     if started.exists() and started.resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))
-    resolved = resolve(GRPOConfig, given, origin.preset, saved)
-    if resolved.config.credit == "choice" and task.codec.style != "numbers":
+    if given.get("credit", saved.get("credit")) == "choice" and task.codec.style != "numbers":
         raise ValueError(
             "credit must be completion with codec style words, where a control is many tokens"
         )
+    resolved = resolve(GRPOConfig, given, origin.preset, saved)
     if resolved.config.gradient_smoothing_width > 0 and task.codec.style != "numbers":
         raise ValueError("gradient_smoothing_width must be 0 with codec style words")
     return resolved, shape, task, origin

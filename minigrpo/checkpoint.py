@@ -39,7 +39,13 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, render_controls, wording
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
-from minigrpo.tokenizer import decode_completions, encode_completion, load_tokenizer, pad_id
+from minigrpo.tokenizer import (
+    decode_completions,
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    pad_id,
+)
 from minigrpo.transformer import Transformer, TransformerConfig
 
 SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
@@ -326,6 +332,23 @@ def _complete(run_folder: Path) -> list[Path]:
     found = (run_folder / "checkpoints").glob("step-*")
     complete = [path for path in found if path.name[5:].isdecimal()]
     return sorted(complete, key=lambda path: int(path.name[5:]))
+
+
+def check_tokens(folder: Path, task: Task) -> None:
+    """ValueError: this checkpoint's tokenizer writes the task's text in other tokens."""
+    theirs = load_tokenizer(folder, load_shape(folder).vocab_size)
+    plan = torch.linspace(-task.plant.control_bound, task.plant.control_bound, task.plant.horizon)
+    state = torch.full((2,), task.plant.start_bound, dtype=torch.float64)
+    written = [
+        (
+            encode_prompt(tokenizer, state, task.plant, task.codec),
+            encode_completion(tokenizer, plan, task.codec),
+            tokenizer.get_vocab(),
+        )
+        for tokenizer in (theirs, task.tokenizer)
+    ]
+    if written[0] != written[1]:
+        raise ValueError(f"{folder}: its tokenizer must be that of the model the run starts from")
 
 
 def load_trainer(

@@ -140,6 +140,9 @@ class RunSettings(Settings):
                 f"lora_targets must be some of {','.join(LORA_TARGETS)}, "
                 f"got {', '.join(map(repr, sorted(unknown)))}"
             )
+        for name in ("lora_alpha", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} must be left out with lora_rank 0")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ def _pop_rope(left: dict[str, object]) -> tuple[float, RopeStretch | None]:
     if kind == "default" and not rope:
         return theta, None
     if kind == "llama3" and set(rope) == set(names):
-        return theta, RopeStretch(*(_typed(float, rope[name]) for name in names))
+        factor, low, high, length = (_typed(float, rope[name]) for name in names)
+        if length.is_integer():  # earlier versions wrote 8192.0
+            return theta, RopeStretch(factor, low, high, int(length))
     raise ValueError(
         f"rope_type must be default, or llama3 with {', '.join(names)}; got {kind} with {rope}"
     )

@@ -44,7 +44,8 @@ RUN_FILES = frozenset(
     "merges.txt special_tokens_map.json added_tokens.json chat_template.jinja".split()
 )
 RUN_FOLDERS = frozenset(
-    "attempts checkpoints evaluation plots skipped tensorboard publish.tmp".split()
+    "attempts checkpoints evaluation plots skipped tensorboard publish.tmp "
+    "additional_chat_templates".split()
 )
 # What a run that was killed before its provenance.json may leave.
 OF_A_START = frozenset("STATUS STATUS.tmp attempts provenance.json.tmp".split())

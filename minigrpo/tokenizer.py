@@ -63,11 +63,14 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
     ValueError: none, no EOS, or more tokens than the model beside it has rows.
     """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        # for some families transformers would make an empty one
+        raise ValueError(f"{folder} must hold a tokenizer, tokenizer.json, found none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower for a foreign file
         raise ValueError(
             f"{folder} must hold a tokenizer that transformers can load: {error}"
         ) from error
@@ -100,7 +103,15 @@ def encode_prompt(
         {"role": "system", "content": system_text(plant, codec)},
         {"role": "user", "content": text},
     ]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        # The templates of Llama 3 print it, or today's: a prompt must be the same on all days.
+        chat = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+        )
+    except Exception as error:  # a foreign template may raise anything
+        raise ValueError(
+            f"the chat template must take a system and a user message, got {error!r}"
+        ) from error
     return list(tokenizer.encode(str(chat), add_special_tokens=False))
 
 
@@ -117,15 +128,18 @@ def decode_completions(
 ) -> list[str]:
     """Texts of completions [N, C] within the mask, without the EOS that ends a row.
 
-    Any other special token stays visible: dropped, it would turn malformed text into valid text.
+    Any other special token stays visible, and an id that no token has is the replacement character:
+    dropped, they would turn malformed text into valid text.
     """
-    rows = []
+    rows, num_tokens = [], len(tokenizer)
     for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True):
         ended = length > 0 and row[length - 1] == tokenizer.eos_token_id  # it can only be the last
         rows.append(row[: length - ended])
-    return list(
-        tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+    are_known = [all(token < num_tokens for token in row) for row in rows]
+    return [t if is_known else f"{t}\ufffd" for t, is_known in zip(texts, are_known, strict=True)]
 
 
 def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:

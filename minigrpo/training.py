@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from minigrpo.checkpoint import (
     Manifest,
     base_digest,
+    check_tokens,
     is_best,
     latest_checkpoint,
     load_trainer,
@@ -102,6 +103,7 @@ class Training:
         start = latest_checkpoint(run.folder) if self.config.resume else None
         self.is_resumed, self.is_stopped, self.done = start is not None, False, 0
         if start is not None:
+            check_tokens(start, self.task)
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
         run.cut_logs(self.done if self.is_resumed else -1)
         self.history = run.history() if self.is_resumed else []  # metrics of step 0, 1, ...

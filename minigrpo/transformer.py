@@ -48,7 +48,7 @@ class RopeStretch:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)

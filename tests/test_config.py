@@ -225,6 +225,7 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
             assert isinstance(value, int | float | str)
             # With credit for choices, the preset, one of the divisors is refused.
             more = {"credit": "completion"} if name == "advantage_std" else {}
+            more |= {"lora_rank": 1} if name == "lora_alpha" else {}
             assert getattr(resolve(kind, {name: value, **more}, "tiny").config, name) == value
 
 
@@ -237,6 +238,8 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
         ({"steps": True}, "steps must be of type int, got True"),
         ({"temperature": "1"}, "temperature must be of type float, got '1'"),
         ({"grup_size": 4}, "unknown setting grup_size from flag"),
+        ({"lora_alpha": 8.0}, "lora_alpha must be left out with lora_rank 0"),
+        ({"lora_targets": "q_proj"}, "lora_targets must be left out with lora_rank 0"),
     ],
 )
 def test_a_wrong_name_or_type_is_an_error(given: dict[str, Value], message: str) -> None:

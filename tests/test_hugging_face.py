@@ -26,7 +26,13 @@ from minigrpo.hugging_face import (
     load_transformer,
     save_transformer,
 )
-from minigrpo.transformer import RopeStretch, Transformer, last_logits, logits
+from minigrpo.transformer import (
+    RopeStretch,
+    Transformer,
+    TransformerConfig,
+    last_logits,
+    logits,
+)
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -372,3 +378,18 @@ def test_the_stretch_of_llama3_is_kept_in_the_config():
     stretch = RopeStretch(7.0, 1.0, 3.0, 19.0)
     config = our_model("llama", rope_theta=500.0, rope_stretch=stretch).config
     assert config_from_json(config_to_json(config)) == config
+
+
+def test_the_length_that_frequencies_are_stretched_from_is_a_whole_number():
+    """transformers warns of 19.0 each time it loads a folder."""
+    stretch = RopeStretch(7.0, 1.0, 3.0, 19)
+    written = config_to_json(
+        TransformerConfig("llama", 29, 16, 24, 2, 4, 2, 4, rope_stretch=stretch)
+    )
+    rope = written["rope_parameters"]
+    assert type(rope["original_max_position_embeddings"]) is int
+    rope["original_max_position_embeddings"] = 19.0  # as earlier versions wrote it
+    assert config_from_json(written).rope_stretch == stretch
+    rope["original_max_position_embeddings"] = 19.5
+    with pytest.raises(ValueError, match="rope_type must be default, or llama3"):
+        config_from_json(written)

@@ -199,11 +199,12 @@ def test_the_published_folder_is_plain_and_equal_in_transformers(tmp_path: Path)
 
 
 def grpo(folder: Path, *flags: str) -> list[dict[str, float]]:
+    alpha = [] if "--lora-rank=0" in flags else ["--lora-alpha=4"]
     train_grpo.main(
         ["--init", str(folder.parent / "sft"), "--save-dir", str(folder), "--device", "cpu",
          "--prompts-per-step", "3", "--num-minibatches", "1", "--group-size", "4",
          "--micro-batch-size", "5", "--eval-cases", "8", "--eval-every", "2", "--learning-rate",
-         "1e-2", "--warmup-steps", "0", "--temperature", "1", "--lora-alpha", "4", *flags]
+         "1e-2", "--warmup-steps", "0", "--temperature", "1", *alpha, *flags]
     )  # fmt: skip
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
@@ -286,11 +287,12 @@ def test_a_resumed_run_keeps_its_alpha_and_its_start(tmp_path: Path) -> None:
     untrained_checkpoint(tmp_path / "sft")
     folder, other = tmp_path / "grpo", untrained_checkpoint(tmp_path / "other")
     for rank in ("0", "2"):
-        flags = ["--steps=1", "--save-every=1", f"--lora-rank={rank}", "--overwrite"]
+        of_rank = f"--lora-rank={rank}"
+        flags = ["--steps=1", "--save-every=1", of_rank, "--overwrite"]
         grpo(folder, *flags)
         before = (folder / "metrics.jsonl").read_text()
         with pytest.raises(ValueError, match=rf"init must be .*/sft to resume .*, got {other}$"):
-            grpo(folder, "--resume", "--steps=2", "--init", str(other))
+            grpo(folder, "--resume", "--steps=2", "--init", str(other), of_rank)
         assert (folder / "metrics.jsonl").read_text() == before
     with pytest.raises(ValueError, match=r"step-000001: lora_alpha must be 8\.0, got 4\.0$"):
         grpo(folder, "--resume", "--steps=2", "--lora-alpha=8")

@@ -225,3 +225,38 @@ def test_the_settings_of_a_saved_run_are_no_flags_when_it_is_resumed(tmp_path: P
     train_sft.main([*(resume := ["--resume", "--save-dir", str(tmp_path / "tiny")]), *SFT])
     with pytest.raises(ValueError, match="model must not be given with preset tiny, got"):
         train_sft.main([*resume, "--model", str(base)])
+
+
+def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
+    """Two digits exchange their ids: the same weights would read and write other numbers."""
+    base, run = pretrained(tmp_path / "base"), tmp_path / "run"
+    train_sft.main([*SFT, "--model", str(base), "--save-dir", str(run)])
+    content = json.loads((base / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["1"], vocab["7"] = vocab["7"], vocab["1"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="step-000002: its tokenizer must be that of the model"):
+        train_sft.main([*SFT, "--save-dir", str(run), "--resume", "--steps=3"])
+    assert (run / "metrics.jsonl").read_bytes() == before
+    vocab["1"], vocab["7"] = vocab["7"], vocab["1"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    train_sft.main([*SFT, "--save-dir", str(run), "--resume", "--steps=3"])
+
+
+def test_a_run_with_several_chat_templates_can_be_overwritten(tmp_path):
+    base, run = pretrained(tmp_path / "base"), tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": TEMPLATE, "other": "{{ messages }}"}
+    tokenizer.save_pretrained(base)
+    for more in ([], ["--overwrite"]):
+        train_sft.main([*SFT, "--model", str(base), "--save-dir", str(run), *more])
+    assert (run / "additional_chat_templates" / "other.jinja").is_file()
+
+
+def test_credit_for_choices_is_refused_at_once_for_words(tmp_path):
+    train_sft.main(
+        [*SFT, "--model", str(pretrained(tmp_path / "b")), "--save-dir", f"{tmp_path}/s"]
+    )
+    with pytest.raises(ValueError, match="credit must be completion with codec style words"):
+        train_grpo.main([*GRPO, "--init", f"{tmp_path}/s", "--credit=choice"])

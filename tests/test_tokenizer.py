@@ -261,9 +261,10 @@ def test_a_special_token_inside_a_completion_spoils_it(style):
     stray = tokenizer.pad_token_id
     rows = [good, [stray, *good], [*good[:9], stray, *good[9:]], [*good[:-1], stray, good[-1]]]
     rows.append([*good[:9], good[-1], *good[9:]])  # an EOS that is not the end
+    rows.append([*good[:9], len(tokenizer) + 3, *good[9:]])  # of a model with more rows than tokens
     texts = decode_completions(tokenizer, *padded(rows, stray))
-    parsed = parse_controls(texts, torch.ones(5).bool(), PLANT, codec)
-    assert parsed.is_valid.tolist() == [True, False, False, False, False]
+    parsed = parse_controls(texts, torch.ones(6).bool(), PLANT, codec)
+    assert parsed.is_valid.tolist() == [True, False, False, False, False, False]
 
 
 def test_a_row_that_was_cut_off_keeps_its_last_token_and_an_empty_one_is_empty():
@@ -292,6 +293,35 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="end-of-sequence"):
         load_tokenizer(tmp_path, 10_000)
+    # What a later version of tokenizers may write is a plain Exception there, not a ValueError.
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace('"WordLevel"', '"WordLevel2"'))
+    with pytest.raises(ValueError, match="must hold a tokenizer that transformers can load"):
+        load_tokenizer(tmp_path, 10_000)
+
+
+def test_a_qwen_folder_without_tokenizer_is_refused(tmp_path):
+    """transformers would make an empty one of the config alone."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match=r"must hold a tokenizer, tokenizer\.json, found none"):
+        load_tokenizer(tmp_path, 10_000)
+
+
+def test_a_prompt_is_the_same_on_all_days():
+    """The template of Llama 3 prints the date, by default today's."""
+    asked = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
+    )
+    template = asked + "{{ date_string }}" + CHAT_ML
+    ids = encode_prompt(chat_tokenizer(template), STARTS[0], PLANT, WORDS)
+    assert chat_tokenizer().decode(ids).startswith("26 Jul 2024<|bos|>")
+
+
+def test_a_template_that_refuses_a_system_message_is_named():
+    refusing = "{{ raise_exception('System role not supported') }}"
+    for template in (refusing, "{{ messages[0].nothing.more }}", "{% if %}"):
+        with pytest.raises(ValueError, match=r"must take a system and a user message, got .*Error"):
+            encode_prompt(chat_tokenizer(template), STARTS[0], PLANT, WORDS)
 
 
 def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
