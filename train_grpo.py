@@ -222,7 +222,8 @@ def settings(
     started = Path(str(saved.get("init", init)))
     if saved and "init" not in given and not started.exists():
         raise ValueError(f"{save_dir} began from {started}, which is not here: --init says where")
-    # What was moved since, or is relative to another folder, is known by its weights.
+    # One that was moved since, or is relative to another folder, is known by its tokens and, as KL
+    # reference or below adapters, by its weights.
     if started.exists() and started.resolve() != Path(str(init)).resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
     shape, task, origin = load_task(Path(str(init)))

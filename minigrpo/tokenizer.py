@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -108,7 +109,7 @@ def encode_prompt(
         chat = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
         )
-    except Exception as error:  # a foreign template may raise anything
+    except TemplateError as error:
         raise ValueError(
             f"the chat template must take a system and a user message, got {error!r}"
         ) from error

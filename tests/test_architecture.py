@@ -48,6 +48,7 @@ DOORS = {
     "argparse": "config",
     "safetensors": "hugging_face checkpoint",
     "tokenizers": "tokenizer",
+    "jinja2": "tokenizer",  # which torch requires, and transformers for chat templates
     "transformers": "tokenizer data checkpoint",
     "huggingface_hub": "hugging_face",
     "scipy": "lqr",

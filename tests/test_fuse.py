@@ -62,7 +62,7 @@ def scores_and_gradients(model, prompts, mask, tokens, support, basis):
     return found + [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def compare(model_type, has_support, has_basis):
+def assert_fused_is_plain(model_type, has_support, has_basis):
     model, prompts, mask, generator = work(model_type)
     tokens = torch.randint(2, VOCAB, (6, 13), generator=generator)
     support = basis = None
@@ -83,7 +83,7 @@ def compare(model_type, has_support, has_basis):
 @pytest.mark.parametrize("has_basis", [False, True])
 @pytest.mark.parametrize("has_support", [False, True])
 def test_fused_branches_score_as_the_others(has_support, has_basis):
-    compare("llama", has_support, has_basis)
+    assert_fused_is_plain("llama", has_support, has_basis)
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_fused_branches_score_as_the_others(has_support, has_basis):
 def test_compiled_scores_and_gradients_are_those_of_the_plain_ones(
     model_type, has_support, has_basis
 ):
-    compare(model_type, has_support, has_basis)
+    assert_fused_is_plain(model_type, has_support, has_basis)
 
 
 @pytest.mark.slow

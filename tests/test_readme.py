@@ -86,7 +86,8 @@ def test_every_command_parses(
         return
     given = parse_flags(PROGRAMS[name], arguments)
     preset = "pretrained" if {"model", "lora_rank"} & set(given) else "tiny"
-    resolve(PROGRAMS[name], given, preset)
+    sources = resolve(PROGRAMS[name], given, preset).sources
+    assert all(sources[setting] == "flag" for setting in given)
 
 
 def test_commands_are_found_at_all() -> None:
