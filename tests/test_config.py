@@ -238,6 +238,10 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
         ({"steps": True}, "steps must be of type int, got True"),
         ({"temperature": "1"}, "temperature must be of type float, got '1'"),
         ({"grup_size": 4}, "unknown setting grup_size from flag"),
+        # beyond these AdamW multiplies by what float32 cannot hold
+        ({"learning_rate": 1e39}, "learning_rate must be at most 1000, got 1e+39"),
+        ({"final_norm_rate": 1e38}, "final_norm_rate must be at most 1000, got 1e+38"),
+        ({"weight_decay": 1e39}, "weight_decay must be at most 1000, got 1e+39"),
         ({"lora_alpha": 8.0}, "lora_alpha must be left out with lora_rank 0"),
         ({"lora_targets": "q_proj"}, "lora_targets must be left out with lora_rank 0"),
     ],

@@ -389,7 +389,8 @@ def test_the_length_that_frequencies_are_stretched_from_is_a_whole_number():
     rope = written["rope_parameters"]
     assert type(rope["original_max_position_embeddings"]) is int
     rope["original_max_position_embeddings"] = 19.0  # as earlier versions wrote it
-    assert config_from_json(written).rope_stretch == stretch
+    read = config_from_json(written).rope_stretch
+    assert read == stretch and type(read.original_max_position_embeddings) is int
     rope["original_max_position_embeddings"] = 19.5
     with pytest.raises(ValueError, match="rope_type must be default, or llama3"):
         config_from_json(written)
