@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import inspect
 import math
 import operator
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args, get_type_hints
@@ -419,29 +422,53 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
     RUN_DIR stands for --save-dir in the batch scripts, where a requeued job must find its folder.
     """
     parser = argparse.ArgumentParser(
-        description=kind.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        description=f"{kind.__doc__} Defaults of tiny or pretrained go with that kind of model.",
+        usage="%(prog)s [--flag value ...]    (--help explains the flags)",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    hints = get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        defaults = [f"default: {item.default}"]
-        for (preset, of_kind), values in PRESETS.items():
-            if of_kind is kind and values.get(item.name, item.default) != item.default:
-                defaults.append(f"{preset}: {values[item.name]}")
-        shown = f"{item.metadata['help']} ({'; '.join(defaults)})"
-        names = sorted({f"--{item.name.replace('_', '-')}", f"--{item.name}"})
-        if isinstance(item.default, bool):
-            switch = parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=shown)
-            if item.name == "resume":  # other tools want a word behind it
-                switch.nargs, switch.choices = "?", ("auto",)
-        else:
-            choices = get_args(hints[item.name]) or None
-            parser.add_argument(*names, type=type(item.default), choices=choices, help=shown)
+    items = {item.name: item for item in dataclasses.fields(kind)}
+    hints, known = get_type_hints(kind), []
+    for owner in kind.__mro__[:-1]:  # a command's own flags before those it shares
+        title = "What it alone has" if owner is kind else str(owner.__doc__).partition(";")[0]
+        group = parser.add_argument_group(title.rstrip("."))
+        for name in inspect.get_annotations(owner):
+            default, wanted = items[name].default, f"--{name.replace('_', '-')}"
+            known.append(wanted)
+            defaults = [f"default: {default}"]
+            for (preset, of_kind), values in PRESETS.items():
+                if of_kind is kind and values.get(name, default) != default:
+                    defaults.append(f"{preset}: {values[name]}")
+            shown = f"{items[name].metadata['help']} ({'; '.join(defaults)})"
+            if isinstance(default, bool):
+                yes_no = argparse.BooleanOptionalAction
+                switch = group.add_argument(wanted, action=yes_no, help=shown)
+                if name == "resume":  # other tools want a word behind it
+                    switch.nargs, switch.choices = "?", ("auto",)
+            else:
+                choices, word = get_args(hints[name]) or None, type(default).__name__.upper()
+                metavar = None if choices else word
+                group.add_argument(
+                    wanted, type=type(default), choices=choices, metavar=metavar, help=shown
+                )
     if kind is EvalConfig:
         hidden = argparse.SUPPRESS  # a usual misspelling
         parser.add_argument("--skip-mcp", dest="skip_mpc", action="store_true", help=hidden)
     if issubclass(kind, RunSettings) and "RUN_DIR" in os.environ:
         parser.set_defaults(save_dir=os.environ["RUN_DIR"])
-    return vars(parser.parse_args(arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    given, unknown = parser.parse_known_args([_with_dashes(word) for word in words])
+    if unknown:
+        meant = [m for u in unknown for m in difflib.get_close_matches(u, known, n=2)]
+        ask = f" (did you mean {' or '.join(meant)}?)" if meant else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{ask}")
+    return vars(given)
+
+
+def _with_dashes(word: str) -> str:
+    """--group_size=4 as --group-size=4: a setting goes by its field's name as well."""
+    name, equals, value = word.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
 def resolve(

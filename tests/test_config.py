@@ -118,8 +118,17 @@ def test_flags_are_what_was_given_and_nothing_else(
     ("flags", "message"),
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--clip-eps", "0.1"], "unrecognized arguments: --clip-eps"),  # two flags begin like this
-        (["--temperatur", "1"], "unrecognized arguments: --temperatur"),  # one flag does
+        (  # two flags begin like this
+            ["--clip-eps", "0.1"],
+            "unrecognized arguments: --clip-eps 0.1 "
+            "(did you mean --clip-eps-low or --clip-eps-high?)",
+        ),
+        (  # one flag does
+            ["--temperatur=1"],
+            "unrecognized arguments: --temperatur=1 "
+            "(did you mean --temperature or --final-temperature?)",
+        ),
+        (["--nothing-like-it"], "unrecognized arguments: --nothing-like-it\n"),
         (["--steps", "1e3"], "argument --steps: invalid int value"),
         (["--aggregation", "mean"], "argument --aggregation: invalid choice"),
         (["stray"], "unrecognized arguments: stray"),
@@ -133,7 +142,9 @@ def test_a_flag_that_is_unknown_abbreviated_or_no_number_ends_with_status_2(
     with pytest.raises(SystemExit) as caught:
         parse_flags(GRPOConfig, flags)
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 2  # a line that says where to look, one that says what is wrong
 
 
 def test_a_usual_misspelling_of_mpc_is_understood() -> None:
@@ -174,6 +185,27 @@ def test_help_has_every_field_with_its_text_and_its_defaults(
     if kind is GRPOConfig:
         assert "(default: 32; tiny: 512)" in printed
         assert "(default: 128; pretrained: 8)" in printed
+
+
+def test_help_begins_with_what_the_command_alone_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        parse_flags(GRPOConfig, ["--help"])
+    printed = capsys.readouterr().out
+    heads = ["What it alone has:", "--init STR ", "What both trainers share:", "--seed INT "]
+    heads += ["What every command has:", "--device {auto,cpu,cuda}"]
+    places = [printed.index(head) for head in heads]
+    assert places == sorted(places)
+    assert "--group_size" not in printed  # understood, but not worth a line of its own
+
+
+def test_underscores_of_a_value_stay() -> None:
+    assert parse_flags(GRPOConfig, ["--save_dir=a_b", "--init", "c_d"]) == {
+        "save_dir": "a_b",
+        "init": "c_d",
+    }
 
 
 def just_outside(kind: type[Settings], name: str) -> list[tuple[Value, str]]:
