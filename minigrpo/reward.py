@@ -25,7 +25,7 @@ malformed text has -10. Unbounded and stepped, it pays for breaking the format: 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -55,11 +55,9 @@ class RewardWeights:
     validity: float = 10.0  # from -5 to 5
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not 0 <= getattr(self, field.name) < math.inf:
-                raise ValueError(
-                    f"{field.name} must be at least 0 and finite, got {getattr(self, field.name)}"
-                )
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 @dataclass(frozen=True)
