@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigrpo.checkpoint import Manifest, make_task, save_batch
+from minigrpo.checkpoint import Manifest, save_batch
 from minigrpo.config import Resolved, SFTConfig, Value, resolve
 from minigrpo.data import (
     SFTBatch,
@@ -24,6 +24,7 @@ from minigrpo.data import (
     demonstrations,
     disturbances,
     keyed_generator,
+    make_task,
     prompt_lengths,
     split_starts,
 )

@@ -30,22 +30,16 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import GRPOConfig, Resolved, SFTConfig, Value
-from minigrpo.data import SFTBatch, Task
+from minigrpo.data import SFTBatch, Task, make_task
 from minigrpo.distributed import cut_like, from_rank_zero, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.hugging_face import config_to_json, load_shape, load_transformer, to_hugging_face
+from minigrpo.hugging_face import load_shape, load_transformer, save_tensors, save_transformer
 from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
-from minigrpo.prompts import Codec, render_controls, wording
+from minigrpo.prompts import Codec, wording
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero
-from minigrpo.tokenizer import (
-    decode_completions,
-    encode_completion,
-    encode_prompt,
-    load_tokenizer,
-    pad_id,
-)
+from minigrpo.tokenizer import encode_completion, encode_prompt, load_tokenizer, pad_id
 from minigrpo.transformer import Transformer, TransformerConfig
 
 SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
@@ -182,24 +176,6 @@ def load_model(folder: Path) -> tuple[Transformer, Task, Manifest]:
     return load_transformer(folder), task, manifest
 
 
-def make_task(
-    plant: DoubleIntegrator, cost: QuadraticCost, codec: Codec, tokenizer: PreTrainedTokenizerFast
-) -> Task:
-    """The task with its longest completion: that of a plan of negative numbers, EOS included.
-
-    Where a number is several tokens a tenth is added, since other digits may merge differently.
-    ValueError: the tokenizer loses some of the codec's text.
-    """
-    plan = torch.linspace(-plant.control_bound, -plant.control_bound / 3, plant.horizon)
-    longest = encode_completion(tokenizer, plan, codec)
-    tokens = torch.tensor([longest])
-    read, text = decode_completions(tokenizer, tokens, tokens >= 0)[0], render_controls(plan, codec)
-    if read != text:
-        raise ValueError(f"the tokenizer must keep {text[:30]!r}... as it is, got {read[:30]!r}")
-    slack = len(longest) // 10 if codec.style == "words" else 0
-    return Task(plant, cost, codec, tokenizer, len(longest) + slack)
-
-
 def publish_model(
     folder: Path, model: Transformer, task: Task, manifest: Manifest, step: int, score: float
 ) -> None:
@@ -265,9 +241,7 @@ def save_checkpoint(
     weights, trained = _plain_weights(model), _full_moments(model, optimizer)
     own = adapters(model)
     trained |= {f"{ADAPTER}{name}": whole(value).detach().cpu() for name, value in own.items()}
-    described = {"format": "pt"}  # without tensors a file can only be read with some metadata
-    if base is not None:
-        described["base"] = base
+    described = {} if base is None else {"base": base}
     final = run_folder / "checkpoints" / f"step-{step:06d}"
     draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
 
@@ -276,7 +250,7 @@ def save_checkpoint(
             shutil.rmtree(stale)
         with _drafted(draft):
             _write_model(draft, weights, model, task, manifest, {"step": str(step)})
-            _save_tensors(trained, draft / "trainer.safetensors", described)
+            save_tensors(trained, draft / "trainer.safetensors", described)
         if final.exists():  # damaged, or saved twice
             final.rename(replaced)
         draft.rename(final)
@@ -339,15 +313,12 @@ def check_tokens(folder: Path, task: Task) -> None:
     theirs = load_tokenizer(folder, load_shape(folder).vocab_size)
     plan = torch.linspace(-task.plant.control_bound, task.plant.control_bound, task.plant.horizon)
     state = torch.full((2,), task.plant.start_bound, dtype=torch.float64)
-    written = [
-        (
-            encode_prompt(tokenizer, state, task.plant, task.codec),
-            encode_completion(tokenizer, plan, task.codec),
-            tokenizer.get_vocab(),
-        )
-        for tokenizer in (theirs, task.tokenizer)
-    ]
-    if written[0] != written[1]:
+
+    def words_of(tokenizer: PreTrainedTokenizerFast) -> object:
+        prompt = encode_prompt(tokenizer, state, task.plant, task.codec)
+        return prompt, encode_completion(tokenizer, plan, task.codec), tokenizer.get_vocab()
+
+    if words_of(theirs) != words_of(task.tokenizer):
         raise ValueError(f"{folder}: its tokenizer must be that of the model the run starts from")
 
 
@@ -471,21 +442,15 @@ def _write_model(
     manifest: Manifest,
     metadata: dict[str, str],
 ) -> None:
-    generation: dict[str, object] = {"max_new_tokens": task.max_completion_length}
-    generation["eos_token_id"] = int(task.tokenizer.eos_token_id)
-    generation["pad_token_id"] = pad_id(task.tokenizer)
-    named = {"config": config_to_json(model.config), "minigrpo": manifest.to_json()}
-    for name, record in {**named, "generation_config": generation}.items():
+    generation = {
+        "max_new_tokens": task.max_completion_length,
+        "eos_token_id": int(task.tokenizer.eos_token_id),
+        "pad_token_id": pad_id(task.tokenizer),
+    }
+    for name, record in {"minigrpo": manifest.to_json(), "generation_config": generation}.items():
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     task.tokenizer.save_pretrained(folder)
-    tensors = dict(to_hugging_face(weights, model.config))
-    _save_tensors(tensors, folder / "model.safetensors", {"format": "pt", **metadata})
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    save_file(tensors, path, metadata=metadata)
-    # safetensors makes files that nobody but their owner can read
-    shutil.copymode(path.with_name("config.json"), path)
+    save_transformer(model, folder, weights, metadata)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, disturbed_lqr_controls
-from minigrpo.prompts import Codec, prompt_text
+from minigrpo.prompts import Codec, prompt_text, render_controls
 from minigrpo.shapes import check_record
-from minigrpo.tokenizer import encode_completion, encode_prompt, pad_id
+from minigrpo.tokenizer import decode_completions, encode_completion, encode_prompt, pad_id
 
 PURPOSES = (
     "split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap",
@@ -71,6 +71,24 @@ class Task:
     codec: Codec
     tokenizer: PreTrainedTokenizerFast
     max_completion_length: int
+
+
+def make_task(
+    plant: DoubleIntegrator, cost: QuadraticCost, codec: Codec, tokenizer: PreTrainedTokenizerFast
+) -> Task:
+    """The task with its longest completion: that of a plan of negative numbers, EOS included.
+
+    Where a number is several tokens a tenth is added, since other digits may merge differently.
+    ValueError: the tokenizer loses some of the codec's text.
+    """
+    plan = torch.linspace(-plant.control_bound, -plant.control_bound / 3, plant.horizon)
+    longest = encode_completion(tokenizer, plan, codec)
+    tokens = torch.tensor([longest])
+    read, text = decode_completions(tokenizer, tokens, tokens >= 0)[0], render_controls(plan, codec)
+    if read != text:
+        raise ValueError(f"the tokenizer must keep {text[:30]!r}... as it is, got {read[:30]!r}")
+    slack = len(longest) // 10 if codec.style == "words" else 0
+    return Task(plant, cost, codec, tokenizer, len(longest) + slack)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ used, known to say nothing about the forward, or an error. Nothing in a folder i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -141,13 +142,25 @@ def _typed(kind: type[V], value: object) -> V:
 
 
 def save_transformer(
-    model: Transformer, folder: Path, state: dict[str, Tensor] | None = None
+    model: Transformer,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write config.json and model.safetensors; `state` replaces the model's own parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
     tensors = dict(to_hugging_face(model.state_dict() if state is None else state, model.config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors", metadata or {})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file with the permissions of config.json: else its owner alone could read it.
+
+    Without tensors a file can only be read with some metadata.
+    """
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    shutil.copymode(path.with_name("config.json"), path)
 
 
 def find_pretrained(name: str) -> Path:

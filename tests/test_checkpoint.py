@@ -141,7 +141,7 @@ def test_a_checkpoint_is_json_and_safetensors_that_others_may_read(tmp_path: Pat
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize("victim", ["_save_tensors", "_sync", "rename"])
+@pytest.mark.parametrize("victim", ["save_transformer", "_sync", "rename"])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(
     tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
