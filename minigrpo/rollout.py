@@ -136,15 +136,12 @@ def score_rows(
     prompt_tokens: Tensor,
     prompt_mask: Tensor,
     completions: Completions,
-    temperature: float,
+    config: GRPOConfig,
     micro_batches: Iterable[Tensor],
-    num_alike: int,
     choices: ChoiceValues | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of every sampled token [N, C], by the training forward without gradient: log q and, with
     choices, the mean over q of their values and `ChoiceValues.mean_offset`.
-
-    In a micro-batch every `num_alike` rows that follow one another have one prompt.
 
     `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
     ratio that is not 1 on the first optimizer step.
@@ -153,14 +150,14 @@ def score_rows(
     for rows in micro_batches:
         if not len(rows):
             continue
-        tokens = completions.tokens[rows]
+        tokens, prompts = completions.tokens[rows], rows[:: rows_per_prompt(config)]
         scores = completion_scores(
             model,
-            prompt_tokens[rows[::num_alike]],
-            prompt_mask[rows[::num_alike]],
+            prompt_tokens[prompts],
+            prompt_mask[prompts],
             tokens,
             rows_of(completions.support, rows),
-            temperature,
+            config.temperature,
             None if choices is None else choices.basis,
             has_entropy=False,
         )
@@ -207,14 +204,11 @@ def make_rollout(
     """One rollout with the current weights, its text side, and the seconds of each phase."""
     began = time.perf_counter()
     device = next(model.parameters()).device
-    tokens, mask = (
-        repeat(t.to(device), "p l -> (p g) l", g=config.group_size)
-        for t in (prompts.tokens, prompts.mask)
-    )
+    both = (prompts.tokens.to(device), prompts.mask.to(device))
+    tokens, mask = (repeat(x, "p l -> (p g) l", g=config.group_size) for x in both)
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     size = config.micro_batch_size
     micro = [part for rows in first_epoch for part in torch.split(rows.to(device), size)]
-    alike = rows_per_prompt(config)
     old = ref = expected = mean_offsets = None
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -226,19 +220,14 @@ def make_rollout(
                 choices = choices_of(experience, model.config.vocab_size, task, config, reward)
             is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
             if is_old or choices is not None:
-                logprobs, expected, mean_offsets = score_rows(
-                    model, tokens, mask, completions, config.temperature, micro, alike, choices
-                )
+                scored = score_rows(model, tokens, mask, completions, config, micro, choices)
+                logprobs, expected, mean_offsets = scored
                 old = logprobs if is_old else None
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
-                ref = score_rows(
-                    reference, tokens, mask, completions, config.temperature, micro, alike
-                )[0]
-    advantages, unit = credited(
-        experience.rewards.total, completions.tokens, choices, expected, config
-    )
+                ref, _, _ = score_rows(reference, tokens, mask, completions, config, micro)
+    advantages, unit = credited(experience, choices, expected, config)
     rollout = Rollout(
         prompt_tokens=tokens,
         prompt_mask=mask,
@@ -262,16 +251,13 @@ def make_rollout(
 
 
 def credited(
-    rewards: Tensor,
-    tokens: Tensor,
-    choices: ChoiceValues | None,
-    expected: Tensor | None,
-    config: GRPOConfig,
+    acted: Experience, choices: ChoiceValues | None, expected: Tensor | None, config: GRPOConfig
 ) -> tuple[Tensor, Tensor | None]:
     """Advantages [N]; with choices [N, C], and [N] what a point of their values counts in these.
 
-    rewards [N], tokens and expected [N, C]; the rewards of all ranks count for the unit.
+    expected [N, C]; the rewards of all ranks count for the unit.
     """
+    rewards, tokens = acted.rewards.total, acted.completions.tokens
     everybodys = torch.cat([rows[0] for rows in gather_rows([rewards])])
     if choices is None or expected is None:
         return group_advantages(rewards, config.group_size, config.advantage_std, everybodys), None

@@ -55,22 +55,19 @@ def update_policy(
     gradient norm was not finite.
     """
     set_learning_rate(optimizer, learning_rate)
-    parts: list[LossMetrics] = []
-    norms, entropies, gaps, drifts = [], [], [], []
+    found: list[tuple[LossMetrics, Tensor, Tensor]] = []
+    norms, drifts = [], []
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
         # The first step is at the weights that sampled, where nothing has moved yet.
-        metrics, entropy, gap = accumulate_gradient(
-            model, rollout, rows, config, simulate if parts else None
-        )
-        parts.append(metrics)
-        entropies.append(entropy)
-        gaps.append(gap)
-        drifts.append(drift_of(metrics))
+        moved = simulate if found else None
+        found.append(accumulate_gradient(model, rollout, rows, config, moved))
+        drifts.append(drift_of(found[-1][0]))
         if config.target_kl and drifts[-1] > config.target_kl:
             break
         norms.append(apply_gradient(model, optimizer, config.max_grad_norm, kernel))
     optimizer.zero_grad(set_to_none=True)
+    parts, entropies, gaps = zip(*found, strict=True)
     sums = [merge_metrics(parts).vector(), torch.stack(entropies).sum(), torch.stack(gaps).amax()]
     everybodys = gather_rows([value.cpu() for value in sums])
     merged = merge_metrics([LossMetrics(*loss) for loss, _, _ in everybodys])
