@@ -8,6 +8,7 @@ from the same starts in the same order. A name is a policy, or a policy and a mo
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,10 @@ def plot_time_series(
     first = next(iter(states.values()))
     columns = min(num_starts, len(first))
     times = dt * np.arange(first.shape[1])  # [T+1] s
-    rows = (
-        ("position (m)", state_bound),
-        ("velocity (m/s)", state_bound),
-        ("control (m/s$^2$)", control_bound),
-    )
-    with _picture(path, len(rows), columns, (3.3 * columns + 0.8, 6.8)) as (figure, axes):
-        for row, (label, bound) in zip(axes, rows, strict=True):
+    labels = ("position (m)", "velocity (m/s)", "control (m/s$^2$)")
+    bounds = (state_bound, state_bound, control_bound)
+    with _picture(path, 3, columns, (3.3 * columns + 0.8, 6.8)) as (figure, axes):
+        for row, label, bound in zip(axes, labels, bounds, strict=True):
             row[0].set_ylabel(label)
             for axis in row:
                 _mark(axis.axhline, bound)
@@ -58,8 +56,8 @@ def plot_time_series(
             position, velocity = first[column, 0].tolist()
             axes[0][column].set_title(f"from {position:z.2f} m, {velocity:z.2f} m/s")
             axes[2][column].set_xlabel("time (s)")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
 
 
 def plot_phase_portrait(
@@ -122,9 +120,8 @@ def plot_seed_bands(
             values = np.stack([values[:length] for _, values in seeds])  # [seeds, length]
             colour = PALETTE[place % len(PALETTE)]
             axis.plot(steps, values.mean(axis=0), color=colour, label=name)
-            axis.fill_between(
-                steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2
-            )
+            lowest, highest = values.min(axis=0), values.max(axis=0)
+            axis.fill_between(steps, lowest, highest, color=colour, alpha=0.2)
         axis.axhline(lqr_reward, color="#000000", linewidth=1.2, linestyle="--", label="LQR")
         # A model that is not yet well-formed has a reward near 0: that rise would fill the picture.
         axis.set_ylim(bottom=max(axis.get_ylim()[0], lqr_reward - 50))
@@ -135,21 +132,19 @@ def plot_seed_bands(
 
 def read_metrics(path: Path) -> dict[str, Series]:
     """Each metric's steps and values, without those that were not finite (null)."""
-    steps: dict[int, dict[str, float | None]] = {}
+    steps, values = defaultdict[str, list[int]](list), defaultdict[str, list[float]](list)
     whole_lines = path.read_text().split("\n")[:-1]  # the rest is a line being written
     for place, text in enumerate(whole_lines, start=1):
         try:
             row = json.loads(text)
-            steps.setdefault(row["step"], {}).update(row)
-        except (ValueError, KeyError, TypeError):
+            step = row.pop("step")
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {place}: must have a step, got {text!r}") from None
-    names = dict.fromkeys(name for row in steps.values() for name in row if name != "step")
-    series = {}
-    for name in names:
-        pairs = [(k, row[name]) for k, row in sorted(steps.items()) if row.get(name) is not None]
-        if pairs:
-            series[name] = (np.array([k for k, _ in pairs]), np.array([v for _, v in pairs]))
-    return series
+        for name, value in row.items():
+            if value is not None:
+                steps[name].append(step)
+                values[name].append(value)
+    return {name: (np.array(steps[name]), np.array(values[name])) for name in steps}
 
 
 def _draw_rewards(axis: Axes, series: dict[str, Series]) -> None:
