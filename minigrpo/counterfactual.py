@@ -71,9 +71,7 @@ class Plans:
 
     def moved(self, rows: Tensor, shift: Tensor, bound: Tensor) -> Plans:
         """Those of some rows [M], each control moved by shift [M, T], m/s^2, within the bound."""
-        own, others = (
-            (plan[rows] + shift).clamp(-bound, bound) for plan in (self.own, self.others)
-        )
+        own, others = ((p[rows] + shift).clamp(-bound, bound) for p in (self.own, self.others))
         return Plans(self.initial_states[rows], own, others, self.num_written[rows])
 
 
@@ -178,16 +176,14 @@ def choice_values(
     every_row = torch.arange(num_rows, device=device)
     for rows in torch.split(every_row, rows_at_once(own.states.is_cuda)):
         nodes = (rearrange(plans.others[rows], "n t -> n t 1") + offsets).clamp(-bound, bound)
-        tally = choice_tally(
-            own.states[rows], own.controls[rows], plans.others[rows], nodes, plant, cost
-        )
+        flown = own.states[rows], own.controls[rows]
+        tally = choice_tally(*flown, plans.others[rows], nodes, plant, cost)
         worths = reward(tally, torch.ones_like(tally.final, dtype=torch.bool)).total
         worths = rearrange(worths, "(t a n) -> n t a", t=horizon, a=len(offsets))
         level[rows, :horizon] = worths[:, :, OFFSETS.index(0.0)]
         worths = worths - rearrange(level[rows, :horizon], "n t -> n t 1")
-        values[rows, :horizon, :NUM_NODES] = interpolated(
-            nodes.float(), worths.float(), grid.float()
-        )
+        on_grid = interpolated(nodes.float(), worths.float(), grid.float())
+        values[rows, :horizon, :NUM_NODES] = on_grid
     level[:, horizon] = reward(whole, valid).total
     eos_column, word_column = NUM_NODES, NUM_NODES + 1
     of_malformed = rearrange(malformed - level, "n c -> n c 1").float()
@@ -247,8 +243,7 @@ def choice_tally(
     changes = torch.zeros_like(nodes)  # into the node and out of it
     changes[1:] += (nodes[1:] - rearrange(own[:-1], "t n -> t 1 n")).abs()
     changes[:-1] += (rearrange(rest[1:], "t n -> t 1 n") - nodes[:-1]).abs()
-    own_changes, rest_changes = torch.zeros_like(own), torch.zeros_like(rest)
-    own_changes[1:], rest_changes[1:] = own.diff(dim=0).abs(), rest.diff(dim=0).abs()
+    own_changes, rest_changes = (plan.diff(dim=0, prepend=plan[:1]).abs() for plan in (own, rest))
     changes[:-1] -= rearrange(rest_changes[1:], "t n -> t 1 n")  # from v_k, which the node replaced
     sums = {
         "initial": own_distances[0].expand_as(nodes),

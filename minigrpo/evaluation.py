@@ -131,19 +131,15 @@ def best_of(tries: Sequence[CaseResults]) -> CaseResults:
     """For each start the try with the highest reward, the first of equals; the simulator chose."""
     chosen = torch.stack([ran.rewards.total for ran in tries]).argmax(dim=0)  # [K]
 
-    def pick(values: list[Tensor]) -> Tensor:
-        return torch.stack(values)[chosen, torch.arange(len(chosen))]
+    def pick(of_tries: Iterable[Tensor]) -> Tensor:
+        return torch.stack([*of_tries])[chosen, torch.arange(len(chosen))]
 
-    components = {
-        name: pick([ran.rewards.components[name] for ran in tries])
-        for name in tries[0].rewards.components
-    }
+    parts = [ran.rewards.components for ran in tries]
+    components = {name: pick(part[name] for part in parts) for name in parts[0]}
+    rewards = Rewards(components, pick(ran.rewards.total for ran in tries))
     names = ("final_error", "cost", "num_invalid_texts", "num_violations", "states", "controls")
-    return CaseResults(
-        rewards=Rewards(components, pick([ran.rewards.total for ran in tries])),
-        num_texts=1,
-        **{name: pick([getattr(ran, name) for ran in tries]) for name in names},
-    )
+    columns = {name: pick(getattr(ran, name) for ran in tries) for name in names}
+    return CaseResults(rewards, num_texts=1, **columns)
 
 
 def receding_horizon(
@@ -407,9 +403,8 @@ def read_starts(path: Path, plant: DoubleIntegrator) -> Tensor:
         ) from error
     if not isinstance(rows, list) or len(rows) < 2:
         got = f"{len(rows)} row(s)" if isinstance(rows, list) else type(rows).__name__
-        raise ValueError(
-            f"initial_states: {path} must list at least 2 rows [position, velocity], got {got}"
-        )
+        needed = "at least 2 rows [position, velocity]"
+        raise ValueError(f"initial_states: {path} must list {needed}, got {got}")
     grid = set(map(tuple, plant.start_grid().tolist()))
     for place, row in enumerate(rows):
         is_pair = isinstance(row, list) and {type(value) for value in row} <= {int, float}

@@ -40,9 +40,8 @@ class AdaptedLinear(nn.Module):
         for name, size in parts.items():
             if name in targets:  # A uniform in +-1 / sqrt(in), as in the authors' own code
                 start = torch.rand(rank, linear.in_features, generator=generator) * 2 - 1
-                self.lora_a[name] = nn.Parameter(
-                    (start * linear.in_features**-0.5).to(linear.weight)
-                )
+                start = (start * linear.in_features**-0.5).to(linear.weight)
+                self.lora_a[name] = nn.Parameter(start)
                 self.lora_b[name] = nn.Parameter(linear.weight.new_zeros(size, rank))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +59,8 @@ class AdaptedLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """W + (alpha / rank) B A, rounded once whatever the precision of products; a new tensor."""
-        pieces = []
-        for name, piece in zip(
-            self.names, torch.split(whole(self.weight), self.sizes), strict=True
-        ):
+        pieces, rows = [], torch.split(whole(self.weight), self.sizes)
+        for name, piece in zip(self.names, rows, strict=True):
             if name is not None:
                 a, b = whole(self.lora_a[name]).double(), whole(self.lora_b[name]).double()
                 piece = (piece + self.scale * (b @ a)).to(piece)

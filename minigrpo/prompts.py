@@ -72,9 +72,7 @@ def system_text(plant: DoubleIntegrator, codec: Codec) -> str:
     if codec.style == "numbers":
         return ""
     opening, closing = codec.brackets
-    example = codec.separator.join(
-        [format_number(1.2, codec.decimals), format_number(-0.35, codec.decimals)]
-    )
+    example = codec.separator.join(format_number(u, codec.decimals) for u in (1.2, -0.35))
     return (
         "You steer a double integrator to rest at the origin: in each step you choose its "
         f"acceleration. Answer with {plant.horizon} numbers and nothing else, each with "

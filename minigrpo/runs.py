@@ -228,8 +228,7 @@ def _make_room(folder: Path, overwrite: bool, resume: bool) -> None:
     if "provenance.json" not in found:
         raise ValueError(f"{folder} holds files but no run (provenance.json is missing)")
     if overwrite:
-        strangers = sorted(name for name, path in found.items() if not _is_ours(path))
-        if strangers:
+        if strangers := sorted(name for name, path in found.items() if not _is_ours(path)):
             names = ", ".join(strangers)
             raise ValueError(f"{folder} holds {names}, which no run wrote; nothing was deleted")
         # What marks the folder as a run goes last: an interrupted deletion can be repeated.
@@ -269,14 +268,12 @@ class RunFolder:
             record = {"config": config, **_provenance(device)}
             job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
             name = f"{job}.{restart or 0}" if job else time.strftime("%Y%m%d-%H%M%S")
-            while (self.folder / "attempts" / name).exists():  # twice within one job or second
-                name += "+"
-            (self.folder / "attempts" / name).mkdir(parents=True)
-            attempt = {**record, "environment": _cluster_variables()}
-            first = self.folder / "provenance.json"
-            write_text(
-                self.folder / "attempts" / name / "attempt.json", to_json(attempt, indent=2) + "\n"
-            )
+            attempt, first = self.folder / "attempts" / name, self.folder / "provenance.json"
+            while attempt.exists():  # twice within one job or second
+                attempt = attempt.with_name(f"{attempt.name}+")
+            attempt.mkdir(parents=True)
+            described = record | {"environment": _cluster_variables()}
+            write_text(attempt / "attempt.json", to_json(described, indent=2) + "\n")
             if not first.exists():
                 write_text(first, to_json(record, indent=2) + "\n")
 
