@@ -68,10 +68,8 @@ class Rewards:
     total: Tensor  # [N] float64
 
     def __post_init__(self) -> None:
-        check_shapes(
-            total=(self.total, "N"),
-            **{name: (value, "N") for name, value in self.components.items()},
-        )
+        columns = {"total": self.total, **self.components}
+        check_shapes(**{name: (value, "N") for name, value in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,7 @@ def tally_rewards(
         case _:
             raise ValueError(f"kind must be progress or punishment, got {kind}")
     # where, not times 0: nothing of an invalid row may leak
-    components = {
-        name: torch.where(is_valid, value.double(), 0.0) for name, value in components.items()
-    }
+    components = {k: torch.where(is_valid, v.double(), 0.0) for k, v in components.items()}
     if kind == "punishment":
         components["malformed"] = torch.where(is_valid, 0.0, -10.0).double()
     return Rewards(components, torch.stack(list(components.values())).sum(dim=0))
@@ -174,7 +170,5 @@ def punishment_rewards(tally: Tally) -> dict[str, Tensor]:
 
 def breakdown_line(rewards: Rewards, row: int) -> str:
     """One row on one line: `REWARD BREAKDOWN: baseline=50.0, progress=18.5, ... -> TOTAL=99.5`."""
-    parts = ", ".join(
-        f"{name}={value[row].item():z.1f}" for name, value in rewards.components.items()
-    )
-    return f"REWARD BREAKDOWN: {parts} -> TOTAL={rewards.total[row].item():z.1f}"
+    parts = [f"{name}={value[row].item():z.1f}" for name, value in rewards.components.items()]
+    return f"REWARD BREAKDOWN: {', '.join(parts)} -> TOTAL={rewards.total[row].item():z.1f}"

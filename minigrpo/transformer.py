@@ -449,9 +449,8 @@ class Transformer(nn.Module):
                 hidden = block(hidden, new, cache, layer)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return output(
-            self.norm(hidden), self.embed.weight if self.head is None else self.head.weight
-        )
+        table = self.embed if self.head is None else self.head
+        return output(self.norm(hidden), table.weight)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -203,22 +203,21 @@ def warnings_of(
     Sampler and scorer differ by rounding: 1e-5 nats in float32, below 0.1 with TF32, up to 0.4
     where products are made of bfloat16.
     """
-    found = []
+    found, gap = [], metrics["rollout/logprob_gap_max"]
+    truncated, valid = metrics["rollout/frac_truncated"], metrics["rollout/frac_valid"]
     if config.precision == "bfloat16" or config.matmul_precision == "medium":
         limit = 1.0
     else:
         limit = 0.1 if is_on_cuda and config.matmul_precision != "highest" else 1e-3
-    if not metrics["rollout/logprob_gap_max"] <= limit:  # NaN is not
-        gap = f"{metrics['rollout/logprob_gap_max']:.1e} nats"
-        found.append(f"sampled and recomputed log-probs differ by {gap}: these are two policies")
+    if not gap <= limit:  # NaN is not
+        differ = f"sampled and recomputed log-probs differ by {gap:.1e} nats"
+        found.append(f"{differ}: these are two policies")
     if metrics["rollout/frac_zero_std_groups"] == 1 and config.credit == "completion":
         found.append("every group has equal rewards: no gradient. Raise temperature or group_size")
-    if metrics["rollout/frac_truncated"] > 0.05:
-        share = f"{metrics['rollout/frac_truncated']:.0%} of the completions never stopped"
-        found.append(f"{share}: train SFT longer")
-    if metrics["rollout/frac_valid"] < 0.5:
-        share = f"only {metrics['rollout/frac_valid']:.0%} of the completions are valid"
-        found.append(f"{share}: train SFT longer")
+    if truncated > 0.05:
+        found.append(f"{truncated:.0%} of the completions never stopped: train SFT longer")
+    if valid < 0.5:
+        found.append(f"only {valid:.0%} of the completions are valid: train SFT longer")
     if metrics["update/grad_norm"] == 0:
         found.append("the gradient is exactly 0: the parameters do not change")
     return [f"WARNING step {step + 1}: {line}" for line in found]
