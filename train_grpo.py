@@ -34,13 +34,7 @@ from minigrpo.distributed import local_world_size, place_model, process_group, r
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.hugging_face import load_transformer
 from minigrpo.lora import add_adapters
-from minigrpo.memory import (
-    MemoryEstimate,
-    Workload,
-    check_memory,
-    free_memory,
-    memory_estimate,
-)
+from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import (

@@ -414,9 +414,7 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
     if (choices := parts.pop("choices", None)) is not None:
         parts |= {f"choices.{name}": value for name, value in vars(choices).items()}
         parts |= {f"choices.plans.{name}": value for name, value in vars(choices.plans).items()}
-    tensors = {
-        name: value.cpu().contiguous() for name, value in parts.items() if isinstance(value, Tensor)
-    }
+    tensors = {k: v.cpu().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
 
 

@@ -229,7 +229,7 @@ def summarise(results: CaseResults, lqr: CaseResults, seed: int = 0) -> Summary:
     """The numbers of one row of the table; `lqr` are LQR's results from the same starts."""
     _check_same_starts(results, lqr)
     reward, error = results.rewards.total, results.final_error
-    summary: Summary = {
+    return {
         "num_cases": len(reward),
         "reward_mean": float(reward.mean()),
         "reward_ci95": _interval(_resampled_means(seed, reward)[0]),
@@ -242,9 +242,7 @@ def summarise(results: CaseResults, lqr: CaseResults, seed: int = 0) -> Summary:
         "num_violations_mean": float(results.num_violations.double().mean()),
         "frac_violating": float((results.num_violations > 0).double().mean()),
         "num_invalid_texts": int(results.num_invalid_texts.sum()),
-    }
-    return summary | {
-        f"reward_{name}": float(v.mean()) for name, v in results.rewards.components.items()
+        **{f"reward_{name}": float(v.mean()) for name, v in results.rewards.components.items()},
     }
 
 

@@ -78,10 +78,8 @@ def completion_scores(
                 shared,
             )
             return TokenScores(*found)
-        group = num_rows // num_prompts
-        prompt_tokens, prompt_mask = (
-            repeat(x, "p l -> (p g) l", g=group) for x in (prompt_tokens, prompt_mask)
-        )
+        both, group = (prompt_tokens, prompt_mask), num_rows // num_prompts
+        prompt_tokens, prompt_mask = (repeat(x, "p l -> (p g) l", g=group) for x in both)
     tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
     # Padding goes to the right, where it needs no mask: no real token comes after it, and what is
     # scored there is masked.

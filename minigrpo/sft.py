@@ -105,7 +105,7 @@ def supervised_step(
     """
     set_learning_rate(optimizer, learning_rate)
     optimizer.zero_grad(set_to_none=True)
-    device = batch.tokens.device
+    device, is_mixed = batch.tokens.device, config.precision == "bfloat16"
     num_labelled = sum_over_ranks(batch.completion_mask.sum().double())
     total = torch.zeros((), dtype=torch.float64, device=device)
     rows, size = torch.arange(len(batch.tokens), device=device), config.micro_batch_size
@@ -114,9 +114,7 @@ def supervised_step(
     with perturbed(model, config.weight_noise, torch.Generator().manual_seed(key)):
         for i in range(num_micro):
             chosen = rows[i * size : (i + 1) * size]
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-            ):
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
                 loss = sft_loss(model, batch.rows(chosen), smoothing)
             backward(model, loss / num_labelled)
             total += loss.detach()

@@ -34,13 +34,7 @@ from minigrpo.checkpoint import (
 )
 from minigrpo.config import GRPOConfig, SFTConfig, Value, check_saved, parse_flags
 from minigrpo.data import Task, split_starts
-from minigrpo.distributed import (
-    any_rank,
-    check_equal_weights,
-    gathered,
-    rank,
-    world_size,
-)
+from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, world_size
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lora import adapters
 from minigrpo.optim import has_converged
