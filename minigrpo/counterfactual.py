@@ -42,6 +42,7 @@ from typing import Annotated
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+from torch.nn import functional as F
 
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, state_cost
@@ -139,11 +140,10 @@ def read_plans(
 
     token_values [V]: the control that a token stands for, NaN for words. On the tokens' device.
     """
-    sizes = check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
+    check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
     written = num_written(tokens, token_values, eos, horizon)
     controls = token_values[tokens[:, :horizon]].nan_to_num(0.0)
-    missing = initial_states.new_zeros(len(tokens), max(0, horizon - sizes["C"]))
-    own = torch.cat([controls, missing], dim=1)  # [N, T]
+    own = F.pad(controls, (0, horizon - controls.shape[1]))  # [N, T]
     return Plans(initial_states, own, others_plan(own, written > horizon, group_size), written)
 
 

@@ -140,9 +140,8 @@ def tally_rewards(
 def progress_rewards(tally: Tally, horizon: int, weights: RewardWeights) -> dict[str, Tensor]:
     """The nine components [N] of the progress reward of valid text, float64."""
     initial, final = tally.initial.double(), tally.final.double()
-    progress = torch.where(
-        initial < 1e-6, (final < 0.1).double(), ((initial - final) / initial).clamp(min=0)
-    )
+    covered = ((initial - final) / initial).clamp(min=0)
+    progress = torch.where(initial < 1e-6, (final < 0.1).double(), covered)
     num_changes = max(1, horizon - 1)  # horizon 1 has none, and its sum is 0
     share_inside = 1 - (tally.num_outside + tally.starts_outside).double() / (horizon + 1)
     violations = (tally.num_excessive + tally.num_outside).double()

@@ -136,9 +136,8 @@ class KVCache:
     def fill_from(self, prompts: KVCache, group_size: int) -> None:
         """Copy a prompt's keys and values to each member of its group: one prefill, not G."""
         self.length = prompts.length
-        groups = rearrange(
-            self.blocks[..., : self.length, :], "l two (p g) j k d -> l two p g j k d", g=group_size
-        )
+        seen = self.blocks[..., : self.length, :]
+        groups = rearrange(seen, "l two (p g) j k d -> l two p g j k d", g=group_size)
         groups[:] = rearrange(prompts.blocks, "l two p j k d -> l two p 1 j k d")
 
 

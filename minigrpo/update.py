@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceValues, Plans
@@ -188,9 +189,8 @@ def expected_values(
         shift = choices.mean_offset(mass.detach(), rollout.completion_tokens[rows]) - before[rows]
         shift = torch.where(rollout.completion_mask[rows], shift, 0.0)
         horizon, length = choices.plans.own.shape[1], values.shape[1]
-        padded = shift.new_zeros(len(rows), max(horizon, length))
-        padded[:, :length] = shift
-        moved = choices.plans.moved(rows, padded[:, :horizon], bound=choices.grid[-1])
+        shift = F.pad(shift, (0, horizon - length))  # cut, where completions are longer
+        moved = choices.plans.moved(rows, shift, bound=choices.grid[-1])
         values = simulate(moved, length).values
     return (mass * values).sum(dim=-1) * rearrange(unit[rows], "n -> n 1")
 
