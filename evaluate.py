@@ -30,6 +30,8 @@ from minigrpo.policy import ActingPolicy
 from minigrpo.runs import make_folder, on_rank_zero, run_command, slow_bfloat16, write_text
 from minigrpo.transformer import Transformer
 
+PICTURES = ("time_series.png", "phase_portrait.png", "error_by_step.png", "learning_curve.png")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     resolved = resolve(EvalConfig, parse_flags(EvalConfig, arguments), preset="")
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (folder / "evaluation.json").exists() and not config.overwrite:
         raise ValueError(f"save_dir {folder} already holds an evaluation; --overwrite replaces it")
     models = load_policies(config)
-    task = next(iter(models.values()))[1]
+    task = list(models.values())[-1][1]  # of model_path, whose codec rounds LQR's controls too
     with process_group(config.device) as device:
         starts = choose_starts(config, task.plant)
         on_rank_zero(partial(check_writable, folder))  # before an hour of work, not after it
@@ -66,11 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content = json.dumps(asdict(report) | {"config": asdict(config)}, indent=2, allow_nan=False)
     write_text(folder / "cases.csv", evaluation.cases_csv(results))
     write_text(folder / "evaluation.json", content + "\n")
+    print(evaluation.table(report))
+    for name in PICTURES:  # of the evaluation that was here before
+        (folder / name).unlink(missing_ok=True)
     if find_spec("matplotlib") is None:
         print("no plots: they need an extra, pip install -e .[plots]")
     else:
         draw_plots(folder, results, task.plant, Path(config.model_path) / "metrics.jsonl")
-    print(evaluation.table(report))
     print(*sorted(str(path) for path in folder.iterdir() if path.is_file()), sep="\n")
 
 
@@ -149,14 +153,15 @@ def draw_plots(folder: Path, results: Results, plant: DoubleIntegrator, metrics:
     states = {name: result.states for name, result in greedy.items()}
     controls = {name: result.controls for name, result in greedy.items()}
     bounds = plant.state_bound, plant.control_bound
-    plots.plot_time_series(folder / "time_series.png", states, controls, plant.dt, *bounds)
-    plots.plot_phase_portrait(folder / "phase_portrait.png", states, plant.state_bound)
+    time_series, phase_portrait, error_by_step, learning_curve = (folder / n for n in PICTURES)
+    plots.plot_time_series(time_series, states, controls, plant.dt, *bounds)
+    plots.plot_phase_portrait(phase_portrait, states, plant.state_bound)
     mpc = {f"{name} mpc": modes["mpc"].states for name, modes in results.items() if "mpc" in modes}
     shared = min(len(flown) for flown in (*states.values(), *mpc.values()))  # starts of every line
     lines = {name: flown[:shared] for name, flown in (states | mpc).items()}
-    plots.plot_error_by_step(folder / "error_by_step.png", lines, plant.dt)
+    plots.plot_error_by_step(error_by_step, lines, plant.dt)
     if metrics.is_file():
-        plots.plot_learning_curve(folder / "learning_curve.png", metrics)
+        plots.plot_learning_curve(learning_curve, metrics)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def is_best(folder: Path, step: int, score: float, before: Sequence[float]) -> b
 
     If it beats the published one. That may be of this step or a later one, which a resumed run does
     again, perhaps by other settings: then a score as good as all before it replaces what no line
-    of metrics.jsonl stands for. Rank 0 looks, so that all ranks agree.
+    of metrics.jsonl stands for. Rank 0 looks, so that ranks with one score agree.
     """
     best = from_rank_zero(lambda: published(folder))
     if best is None or score > best[1]:

@@ -220,7 +220,9 @@ class GRPOConfig(RunSettings):
         0.0, "temperature of the last step, reached linearly; 0 keeps temperature", at_least=0
     )
     curriculum_steps: int = flag(
-        0, "steps in which the starts grow from the middle quarter to all; 0: all", at_least=0
+        0,
+        "steps in which the starts grow from a square of a quarter of the side to all; 0: all",
+        at_least=0,
     )
     top_p: float = flag(
         0.9, "nucleus mass of the acting policy; 1 is no truncation", above=0, at_most=1

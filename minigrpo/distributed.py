@@ -87,7 +87,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def from_rank_zero(read: Callable[[], V]) -> V:
-    """What rank 0 reads, on every rank: of a file, each would see its own state."""
+    """What rank 0 reads or found, on every rank: of a file each might see another state."""
     box = [read() if rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(box)

@@ -328,7 +328,7 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float
 def sample_records(
     prompts: Prompts, experience: Experience, rollout: Rollout
 ) -> list[SampleRecord]:
-    """The first two prompts with all their completions, components, advantages: for samples.jsonl.
+    """This rank's first two prompts with all that was made of them: for samples.jsonl.
 
     With credit for choices a row has no advantage of its own; then it is what `group_advantages`
     makes of the rewards.

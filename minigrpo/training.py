@@ -34,7 +34,14 @@ from minigrpo.checkpoint import (
 )
 from minigrpo.config import GRPOConfig, SFTConfig, Value, check_saved, parse_flags
 from minigrpo.data import Task, split_starts
-from minigrpo.distributed import any_rank, check_equal_weights, gathered, rank, world_size
+from minigrpo.distributed import (
+    any_rank,
+    check_equal_weights,
+    from_rank_zero,
+    gathered,
+    rank,
+    world_size,
+)
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lora import adapters
 from minigrpo.optim import has_converged
@@ -180,9 +187,11 @@ class Training:
         config, folder, model = self.config, self.run.folder, self.model
         validation = split_starts(self.task.plant).validation[: config.eval_cases]
         with gathered(model):
-            metrics = validation_metrics(
+            found = validation_metrics(
                 model, validation, self.task, config.seed, config.rows_per_batch
             )
+        # Nodes may round in other ways, and what follows from a score is done by all or by none.
+        metrics = from_rank_zero(lambda: found)
         score = metrics["eval/greedy_reward"]
         if is_best(folder, self.done, score, self.column("eval/greedy_reward")):
             publish_model(folder, model, self.task, self.manifest, self.done, score)

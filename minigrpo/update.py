@@ -213,11 +213,13 @@ def warnings_of(
         differ = f"sampled and recomputed log-probs differ by {gap:.1e} nats"
         found.append(f"{differ}: these are two policies")
     if metrics["rollout/frac_zero_std_groups"] == 1 and config.credit == "completion":
-        found.append("every group has equal rewards: no gradient. Raise temperature or group_size")
+        found.append(
+            "every group has equal rewards: nothing to learn. Raise temperature or group_size"
+        )
     if truncated > 0.05:
         found.append(f"{truncated:.0%} of the completions never stopped: train SFT longer")
     if valid < 0.5:
         found.append(f"only {valid:.0%} of the completions are valid: train SFT longer")
     if metrics["update/grad_norm"] == 0:
-        found.append("the gradient is exactly 0: the parameters do not change")
+        found.append("the gradient is exactly 0: AdamW only goes on as before")
     return [f"WARNING step {step + 1}: {line}" for line in found]

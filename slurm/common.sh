@@ -46,7 +46,7 @@ ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a 
 }
 
 launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this job and go on there
-    local again=0 asked='' flag id=$SLURM_JOB_ID pid rc=0
+    local again=0 asked='' flag id=$SLURM_JOB_ID pid rc=0 written
     for flag in "$@"; do
         case $flag in --save[-_]dir | --save[-_]dir=*)
             echo "error: set RUN_DIR=... before sbatch instead of --save-dir" >&2
@@ -58,7 +58,8 @@ launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this jo
     export RUN_DIR=${RUN_DIR:-$root/runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}$member
     export STOP_FILE=$RUN_DIR/STOP.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     mkdir -p "$RUN_DIR"
-    rm -f "$RUN_DIR/STOP.$SLURM_JOB_ID".* "$RUN_DIR/STATUS" # a stale one would lie
+    rm -f "$RUN_DIR/STOP.$SLURM_JOB_ID".* # a stale one would lie, as would an old STATUS
+    written=$(stat -c %y "$RUN_DIR/STATUS" 2> /dev/null || true)
     echo "job $id, restart ${SLURM_RESTART_COUNT:-0}: ${nodes[*]}, $nproc rank(s) each, in $RUN_DIR"
 
     # shellcheck disable=SC2317,SC2329 # the traps call it
@@ -77,6 +78,7 @@ launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this jo
         ((again)) || break
     done
     ((rc == 0)) || exit "$rc" # a bug must not loop
+    [[ $(stat -c %y "$RUN_DIR/STATUS" 2> /dev/null || true) != "$written" ]] || exit 1
     case $(cat "$RUN_DIR/STATUS" 2> /dev/null || true) in
         finished) exit 0 ;; # the only way to release afterok
         stopped)            # SIGTERM is scancel, or a preemption, after which Slurm requeues by itself

@@ -29,14 +29,13 @@ from minigrpo.checkpoint import (
     load_manifest,
     load_model,
     load_trainer,
-    make_task,
     prune_checkpoints,
     publish_model,
     published,
     save_checkpoint,
     saved_config,
 )
-from minigrpo.data import Task
+from minigrpo.data import Task, make_task
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.optim import adamw

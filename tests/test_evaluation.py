@@ -21,8 +21,8 @@ import evaluate
 import train_grpo
 import train_sft
 from minigrpo import rollout
-from minigrpo.checkpoint import Manifest, make_task, publish_model
-from minigrpo.data import split_starts
+from minigrpo.checkpoint import Manifest, publish_model
+from minigrpo.data import make_task, split_starts
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import (
     MODES,
@@ -50,9 +50,9 @@ COST, CODEC = QuadraticCost(), Codec()
 SHAPE = {"width": 2, "mlp_width": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
 
 
-def make(horizon=50, **plant):
+def make(horizon=50, codec=CODEC, **plant):
     plant = DoubleIntegrator(horizon=horizon, **plant)
-    return make_task(plant, COST, CODEC, number_tokenizer(plant, CODEC))
+    return make_task(plant, COST, codec, number_tokenizer(plant, codec))
 
 
 TASK = make()
@@ -255,6 +255,15 @@ def test_bootstrap_is_keyed_by_the_seed():
     values = results_of(np.random.default_rng(1).normal(size=37))
     first, again, other = (summarise(values, values, seed)["reward_ci95"] for seed in (3, 3, 4))
     assert first == again != other
+    starts = STARTS[:9]
+    flown = {"lqr": lqr_results(starts, SHORT), "sft": lqr_results(starts, SHORT, 0)}
+    results = {name: {"greedy": ran} for name, ran in (flown | {"grpo": flown["lqr"]}).items()}
+    first, other = (make_report(results, SHORT, seed) for seed in (3, 4))
+    for name in results:
+        both = (report.policies[name]["greedy"]["reward_ci95"] for report in (first, other))
+        assert next(both) != next(both)
+    both = (report.comparison["greedy"]["reward_difference_ci95"] for report in (first, other))
+    assert next(both) != next(both)
 
 
 def test_paired_interval_is_tight_where_what_a_start_is_worth_cancels():
@@ -293,6 +302,9 @@ def test_paired_difference_of_numbers_worked_by_hand():
     assert nothing_to_close["gap_closed"] is None and nothing_to_close["gap_closed_ci95"] is None
     # a mean gap of 1 that could as well be 0 is no gap to divide by
     unsure = results_of(worth + float64([20.0, -10, 10, -15, 0]))
+    assert paired_difference(a, b, unsure)["gap_closed"] is None
+    # nor is one that is above 0 in 85 % of the resamples
+    unsure = results_of(worth + float64([9.0, -4, 6, -3, 4]))
     assert paired_difference(a, b, unsure)["gap_closed"] is None
     at_rest = results_of(worth, cost=0 * ones)
     assert paired_difference(a, b, at_rest)["cost_ratio_difference"] is None
@@ -385,6 +397,10 @@ def test_sampled_controls_depend_on_seed_and_place_alone():
     assert metrics["eval/sampled_reward"] == results.rewards.total.mean()
     assert metrics["eval/greedy_reward"] == greedy.rewards.total.mean()
     assert metrics["eval/cost_ratio"] == summarise(greedy, expert)["cost_ratio"]
+    assert metrics["eval/final_error"] == greedy.final_error.mean() != results.final_error.mean()
+    half = [text_of(SHORT, [0.5] * count) for count in (6, 7)]  # greedy takes one of the two
+    mixed = validation_metrics(Scripted(SHORT, lambda start: half), starts, SHORT, seed=5)
+    assert mixed["eval/frac_valid"] in (0, 1) and 0.3 < mixed["eval/sampled_frac_valid"] < 0.7
 
 
 def test_tries_are_new_draws_for_every_seed_and_the_first_is_the_sampled_plan(monkeypatch):
@@ -602,6 +618,38 @@ def test_the_error_plot_compares_all_modes_on_the_same_starts(tmp_path, monkeypa
     evaluate.draw_plots(tmp_path, results, SHORT.plant, tmp_path / "metrics.jsonl")
     assert list(drawn) == ["lqr", "grpo", "grpo mpc"]
     assert all(torch.equal(states, expert.states[:3]) for states in drawn.values())
+
+
+def test_lqr_is_rounded_as_the_evaluated_model_writes_whatever_the_baseline(folders, tmp_path):
+    coarse = publish(tmp_path / "coarse", "sft", "0.5", make(1, Codec("numbers", 1)))
+    flags = ["--model-path", folders["grpo"], "--device=cpu", "--num-cases=9", "--skip-mpc"]
+    rows = []
+    for name, more in (("alone", []), ("beside", ["--baseline", coarse])):
+        evaluate.main([*flags, *more, "--save-dir", str(tmp_path / name)])
+        lines = (tmp_path / name / "cases.csv").read_text().splitlines()
+        rows.append([line for line in lines if ",lqr_rounded," in line])
+    assert rows[0] == rows[1] and len(rows[0]) == 9
+
+
+def test_pictures_of_an_evaluation_that_is_replaced_go_and_numbers_do_not_wait_for_new_ones(
+    folders, capsys, tmp_path, monkeypatch
+):
+    for name in ("learning_curve.png", "mine.png"):
+        (tmp_path / name).write_bytes(b"old")
+    flags = ["--model-path", folders["grpo"], "--device=cpu", "--num-cases=9", "--skip-mpc"]
+
+    def fail(*_):
+        raise ValueError("metrics.jsonl, line 6: must have a step")
+
+    monkeypatch.setattr(evaluate, "draw_plots", fail)
+    with pytest.raises(ValueError, match="line 6"):
+        evaluate.main([*flags, "--save-dir", str(tmp_path)])
+    assert "lqr_rounded" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "cases.csv",
+        "evaluation.json",
+        "mine.png",
+    ]
 
 
 def test_a_baseline_for_another_plant_is_refused(folders, tmp_path):

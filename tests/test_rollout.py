@@ -11,10 +11,9 @@ from torch import Tensor
 from benchmarks.full_softmax import scored_by_the_whole_softmax
 from minigrpo import rollout as rollout_module
 from minigrpo import update as update_module
-from minigrpo.checkpoint import make_task
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import later_values
-from minigrpo.data import Prompts, Task, make_prompts, token_uniforms
+from minigrpo.data import Prompts, Task, make_prompts, make_task, token_uniforms
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.optim import adamw

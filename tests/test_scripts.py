@@ -1,6 +1,7 @@
 """What the batch scripts and the benchmark refuse before any work; Slurm is in test_slurm."""
 
 import importlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -32,6 +33,40 @@ def test_a_site_script_that_is_missing_or_fails_is_named(tmp_path: Path) -> None
     site.write_text("echo $NOWHERE_SET; hash nowhere || true; echo fine\n")
     fine = sourced({"MINIGRPO_ENV": str(site)})
     assert fine.stdout == "\nfine\n" and "env.sh failed" not in fine.stderr
+
+
+@pytest.mark.parametrize(
+    ("trainer", "code", "left"),
+    [
+        ("exit 2", 2, "finished"),  # it refused, and the run is as it was
+        ("exit 0", 1, "finished"),  # nobody said that this attempt has finished
+        ('echo finished > "$RUN_DIR/STATUS"', 0, "finished"),
+        ('echo failed > "$RUN_DIR/STATUS"; exit 3', 3, "failed"),
+        ('echo failed > "$RUN_DIR/STATUS"', 1, "failed"),
+    ],
+)
+def test_a_job_ends_as_its_own_attempt_did(
+    trainer: str, code: int, left: str, tmp_path: Path
+) -> None:
+    programs, run = tmp_path / "bin", tmp_path / "a run"
+    programs.mkdir()
+    run.mkdir()
+    (run / "STATUS").write_text("finished\n")
+    for name, body in (("scontrol", "echo node0"), ("srun", trainer), ("squeue", "")):
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    env = {
+        "PATH": path, "RUN_DIR": str(run), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NAME": "grpo", "SLURM_CPUS_ON_NODE": "2",
+        "MINIGRPO_ENV": "/dev/null",
+    }  # fmt: skip
+    script = f"set -euo pipefail; root={ROOT}; source slurm/common.sh; launch train_grpo.py"
+    done = subprocess.run(
+        ["/bin/bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert (run / "STATUS").read_text() == f"{left}\n"
 
 
 @pytest.mark.parametrize(

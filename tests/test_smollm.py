@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minigrpo.checkpoint import make_task
-from minigrpo.data import demonstrations, make_prompts
+from minigrpo.data import demonstrations, make_prompts, make_task
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.hugging_face import load_transformer
 from minigrpo.lqr import QuadraticCost

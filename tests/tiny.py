@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from minigrpo.checkpoint import Manifest, make_task, publish_model
+from minigrpo.checkpoint import Manifest, publish_model
+from minigrpo.data import make_task
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec
