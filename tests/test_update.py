@@ -452,13 +452,17 @@ def test_after_an_early_stop_means_are_over_what_was_looked_at() -> None:
     """The minibatch that ends it counts, those left out do not."""
     old = as_matrix(slow_logprobs(a_model().double(), a_rollout(), CONFIG.temperature))
     drift = 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(5)).double()
+    drift[:GROUP] = 0.0  # the first minibatch is let through, and at a rate of 0 moves nothing
     rollout = a_rollout(old_logprobs=old + drift)
     config, model = replace(CONFIG, num_minibatches=5, target_kl=1e-9), a_model().double()
     report, _ = update_policy(model, torch.optim.SGD(model.parameters()), rollout, config, 0, 0.0)
-    metrics, entropy, _ = accumulate_gradient(model, rollout, torch.arange(GROUP), config)
-    assert report["update/num_steps"] == 0
-    assert report["loss/total"] == pytest.approx(float(metrics.loss), rel=1e-12)
-    per_token = float(entropy / metrics.num_tokens)
+    both = [torch.arange(GROUP), torch.arange(GROUP, 2 * GROUP)]
+    found = [accumulate_gradient(model, rollout, rows, config) for rows in both]
+    loss = sum(float(metrics.loss) for metrics, _, _ in found) / 2
+    num_tokens = sum(float(metrics.num_tokens) for metrics, _, _ in found)
+    per_token = sum(float(entropy) for _, entropy, _ in found) / num_tokens
+    assert report["update/num_steps"] == 1
+    assert report["loss/total"] == pytest.approx(loss, rel=1e-12)
     assert report["policy/entropy"] == pytest.approx(per_token, rel=1e-12)
 
 
