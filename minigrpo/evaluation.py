@@ -394,7 +394,7 @@ def read_starts(path: Path, plant: DoubleIntegrator) -> Tensor:
     """
     try:
         rows = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             "initial_states must name a readable JSON file, a JSON list of [position, velocity], "
             f"got {path}: {error}"

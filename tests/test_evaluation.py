@@ -482,6 +482,7 @@ def test_initial_states_are_read_as_written(tmp_path):
     [
         (None, "readable JSON file"),
         ("[[0.1, 0.2], [0.3", "JSON list"),
+        ("[" * 100_000, "JSON list"),
         ("{}", "at least 2 rows .* got dict"),
         ("[]", r"at least 2 rows .* got 0 row"),
         ("[[0.1, 0.2]]", "at least 2 rows"),
