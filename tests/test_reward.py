@@ -170,6 +170,9 @@ def test_a_start_out_of_bounds_counts_for_validity_and_is_no_violation():
     rewards = score([(1.07, -0.5)], brake).components  # the next one is not, and that counts twice
     assert rewards["validity"].item() == pytest.approx(10 * (1 - 2 / 51) - 5)
     assert rewards["constraints"].item() == -2
+    short = DoubleIntegrator(horizon=2)
+    rewards = score([(1.0, -1.0)], [[0.5, 0.5]], plant=short).components  # on the bound is within
+    assert rewards["validity"].item() == 5
 
 
 def test_at_the_origin_progress_means_staying_there():
@@ -387,6 +390,8 @@ def test_a_horizon_of_one_has_no_differences_and_full_smoothness():
     rewards = score([(0.5, 0.0)], [[-1.0]], plant=plant)
     assert rewards.components["smoothness"].item() == 8
     assert rewards.total.isfinite().all()
+    two = score([(0.5, 0.0)], [[-1.0, 0.5]], plant=DoubleIntegrator(horizon=2))  # one difference
+    assert two.components["smoothness"].item() == pytest.approx(8 * math.exp(-2 * 1.5))
 
 
 def test_float32_trajectories_give_float64_rewards():
@@ -412,6 +417,11 @@ def test_mistakes_of_ours_are_errors():
         Rewards({"baseline": torch.zeros(2)}, torch.zeros(3))
     with pytest.raises(ValueError, match=r"^lqr must be at least 0 and finite, got -15\.0"):
         RewardWeights(lqr=-15.0)
+    with pytest.raises(ValueError, match=r"^terminal must be at least 0 and finite, got inf"):
+        RewardWeights(terminal=math.inf)
+    tally = tally_of(controls, trajectories, PLANT, COST)
+    with pytest.raises(ValueError, match=r"^cost must have shape \[N\] with N=3, got \(2,\)"):
+        replace(tally, cost=tally.cost[:2])
 
 
 def test_both_rewards_read_the_same_tally():
