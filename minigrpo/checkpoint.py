@@ -38,7 +38,7 @@ from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, wording
 from minigrpo.rollout import Rollout
-from minigrpo.runs import on_rank_zero
+from minigrpo.runs import on_rank_zero, printable
 from minigrpo.tokenizer import encode_completion, encode_prompt, load_tokenizer, pad_id
 from minigrpo.transformer import Transformer, TransformerConfig
 
@@ -80,7 +80,10 @@ class Manifest:
         found = _checked_keys(values, {item.name for item in fields(cls)} | {"wording"}, str(path))
         if found["stage"] not in ("sft", "grpo"):
             raise ValueError(f"{path}: stage must be sft or grpo, got {found['stage']!r}")
-        for name, kind in (("preset", str), ("config", dict), ("sources", dict)):
+        if found["preset"] not in ("tiny", "pretrained"):
+            got = found["preset"]
+            raise ValueError(f"{path}: preset must be tiny or pretrained, got {got!r}")
+        for name, kind in (("config", dict), ("sources", dict)):
             if not isinstance(found[name], kind):
                 raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {found[name]!r}")
         found["plant"] = _record(DoubleIntegrator, found["plant"], f"{path}: plant")
@@ -290,7 +293,7 @@ def _latest(run_folder: Path) -> Path | None:
             for name in ("model.safetensors", "trainer.safetensors"):
                 _metadata(path / name)
         except ValueError as error:
-            print(f"{path} is damaged and not used: {error}", file=sys.stderr)
+            print(printable(f"{path} is damaged and not used: {error}"), file=sys.stderr)
         else:
             return path
     if found:

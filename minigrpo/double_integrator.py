@@ -45,8 +45,8 @@ class DoubleIntegrator:
         for name in ("dt", "state_bound", "control_bound", "start_bound"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {self.horizon}")
+        if not 1 <= self.horizon <= 1000:
+            raise ValueError(f"horizon must be between 1 and 1000, got {self.horizon}")
         if not 0 <= self.start_decimals <= 6:
             raise ValueError(f"start_decimals must be between 0 and 6, got {self.start_decimals}")
         bound, decimals = self.start_bound, self.start_decimals
@@ -54,6 +54,8 @@ class DoubleIntegrator:
             raise ValueError(f"start_bound must be at most {self.state_bound}, got {bound}")
         if bound != round(bound, decimals):
             raise ValueError(f"start_bound must have {decimals} decimals, got {bound}")
+        if bound * 10**decimals > 1000:  # 4 million starts
+            raise ValueError(f"start_bound must be at most 1000 steps of a decimal, got {bound}")
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [2, 2] and B [2] of the exact zero-order hold, float64."""

@@ -39,8 +39,10 @@ class AdaptedLinear(nn.Module):
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
         for name, size in parts.items():
             if name in targets:  # A uniform in +-1 / sqrt(in), as in the authors' own code
-                start = torch.rand(rank, linear.in_features, generator=generator) * 2 - 1
-                start = (start * linear.in_features**-0.5).to(linear.weight)
+                start = linear.weight.new_empty(rank, linear.in_features)
+                if not start.is_meta:  # where memory is estimated
+                    start = torch.rand(start.shape, generator=generator) * 2 - 1
+                    start = (start * linear.in_features**-0.5).to(linear.weight)
                 self.lora_a[name] = nn.Parameter(start)
                 self.lora_b[name] = nn.Parameter(linear.weight.new_zeros(size, rank))
 

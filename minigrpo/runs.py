@@ -85,7 +85,8 @@ def on_rank_zero(work: Callable[[], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: readers see the old text or the new one, after a power cut too."""
     draft = path.with_name(f"{path.name}.tmp")
-    with draft.open("w") as file:
+    draft.unlink(missing_ok=True)  # of a kill, or a link of somebody else's out of the folder
+    with draft.open("x") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -153,8 +154,12 @@ def make_folder(folder: Path) -> None:
 
 
 def _take_lock(lock: Path) -> None:
-    """Create the lock; take it over from a dead owner and from this Slurm job before a requeue."""
-    owner = {"job": os.environ.get("SLURM_JOB_ID", ""), "pid": os.getpid(), "host": HOST}
+    """Create the lock; take it over from a dead owner and from this Slurm job before a requeue.
+
+    Not from the same attempt of the job: on another of its nodes that may be at work.
+    """
+    job, attempt = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    owner = {"job": job and f"{job}.{attempt}", "pid": os.getpid(), "host": HOST}
     ours = lock.with_name(f"LOCK.{HOST}.{os.getpid()}")
     ours.unlink(missing_ok=True)  # of a process of this number before us, perhaps the lock itself
     ours.write_text(json.dumps(owner))
@@ -164,8 +169,9 @@ def _take_lock(lock: Path) -> None:
         other = _read_owner(lock)
         on_this_host = other["host"] == owner["host"]
         is_alive = on_this_host and _is_alive(int(other["pid"]))
-        same_job = bool(owner["job"]) and other["job"] == owner["job"]
-        if is_alive or not (on_this_host or same_job):
+        was_ours = bool(job) and other["job"].partition(".")[0] == job
+        is_requeued = was_ours and other["job"] != owner["job"]
+        if is_alive or not (on_this_host or is_requeued):
             name = f"process {other['pid']} on {other['host']}, job {other['job'] or 'none'}"
             raise ValueError(f"{lock.parent} is in use by {name}; delete {lock} if not") from None
         _replace_lock(lock, ours, other)
@@ -531,6 +537,13 @@ def slow_bfloat16(precision: str, device: torch.device) -> list[str]:
     ]
 
 
+def printable(text: str) -> str:
+    """One line for a terminal, 2,000 characters at most: a name in a foreign file may hold escape
+    sequences, which would clear the screen or say what is not so."""
+    line = " ".join(text.split())[:2000]
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit status 2, the rest a traceback.
 
@@ -544,7 +557,7 @@ def run_command(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode:
             raise
         place = os.environ.get("RANK", "0")
-        message = " ".join(str(error).split())
+        message = printable(str(error))
         if isinstance(error, torch.OutOfMemoryError):
             message += f" {TAKES_LESS_MEMORY}"
         start = "error" if place == "0" else f"error on rank {place}"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -79,9 +78,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(f"{folder} must hold a fast tokenizer, found {type(tokenizer).__name__}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer must have an end-of-sequence token, found none")
-    if len(tokenizer) > vocab_size:
+    num_rows = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    if num_rows > vocab_size:
         raise ValueError(
-            f"{folder}: tokens must be at most the model's {vocab_size}, got {len(tokenizer)}"
+            f"{folder}: tokens must be at most the model's {vocab_size}, got {num_rows}"
         )
     return tokenizer
 
@@ -106,14 +106,18 @@ def encode_prompt(
     ]
     try:
         # The templates of Llama 3 print it, or today's: a prompt must be the same on all days.
-        chat = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+        chat = str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+            )
         )
-    except TemplateError as error:
+    except Exception as error:  # a foreign template may raise anything
         raise ValueError(
             f"the chat template must take a system and a user message, got {error!r}"
         ) from error
-    return list(tokenizer.encode(str(chat), add_special_tokens=False))
+    if not all(message["content"] in chat for message in messages):
+        raise ValueError(f"the chat template must keep both messages as they are, got {chat!r}")
+    return list(tokenizer.encode(chat, add_special_tokens=False))
 
 
 def encode_completion(
@@ -132,15 +136,16 @@ def decode_completions(
     Any other special token stays visible, and an id that no token has is the replacement character:
     dropped, they would turn malformed text into valid text.
     """
-    rows, num_tokens = [], len(tokenizer)
+    rows = []
     for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True):
         ended = length > 0 and row[length - 1] == tokenizer.eos_token_id  # it can only be the last
         rows.append(row[: length - ended])
     texts = tokenizer.batch_decode(
         rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    are_known = [all(token < num_tokens for token in row) for row in rows]
-    return [t if is_known else f"{t}\ufffd" for t, is_known in zip(texts, are_known, strict=True)]
+    unknown = {i for i in set().union(*rows) if tokenizer.convert_ids_to_tokens(i) is None}
+    both = zip(texts, rows, strict=True)
+    return [text if unknown.isdisjoint(row) else f"{text}\ufffd" for text, row in both]
 
 
 def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:

@@ -73,6 +73,8 @@ class TransformerConfig:
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_layers > 1000:  # before anybody makes them, even without storage
+            raise ValueError(f"num_layers must be at most 1000, got {self.num_layers}")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

@@ -437,7 +437,7 @@ def changed_codec(**values: object) -> dict[str, object]:
         (changed(stages=1), " has unknown stages"),
         ({k: v for k, v in changed().items() if k != "preset"}, " lacks preset"),
         (changed(stage="dpo"), ": stage must be sft or grpo, got 'dpo'"),
-        (changed(preset=3), ": preset must be a str, got 3"),
+        (changed(preset="Tiny"), ": preset must be tiny or pretrained, got 'Tiny'"),
         (changed(config=[1]), ": config must be a dict, got [1]"),
         (changed(cost={}), ": cost lacks control, position, terminal, velocity"),
         (changed_plant(mass=1.0), ": plant has unknown mass"),
@@ -445,6 +445,11 @@ def changed_codec(**values: object) -> dict[str, object]:
         (changed_plant(horizon=3.5), ": plant.horizon must be of type int, got 3.5"),
         (changed_plant(horizon=True), ": plant.horizon must be of type int, got True"),
         (changed_plant(dt=-1.0), ": plant: dt must be positive and finite, got -1.0"),
+        (changed_plant(horizon=10**7), ": plant: horizon must be between 1 and 1000, got 10000000"),
+        (
+            changed_plant(start_decimals=4),
+            ": plant: start_bound must be at most 1000 steps of a decimal, got 0.8",
+        ),
         (changed_codec(decimals=9), ": codec: decimals must be between 1 and 6, got 9"),
     ],
 )

@@ -225,6 +225,7 @@ def config_of(base: str, **changes: object) -> dict[str, object]:
         ("llama", {"num_hidden_layers": True}, "expected int, got True"),
         ("llama", {"tie_word_embeddings": "false"}, "expected bool, got 'false'"),
         ("llama", {"num_attention_heads": 0}, "num_heads must be at least 1"),
+        ("llama", {"num_hidden_layers": 1001}, "num_layers must be at most 1000, got 1001"),
         ("llama", {"num_key_value_heads": 4}, "multiple of num_kv_heads=4"),
         ("llama", {"head_dim": 7}, "head_size must be positive and even"),
         ("qwen3", {"head_dim": -2}, "head_size must be positive and even"),

@@ -314,6 +314,14 @@ def test_the_initial_a_is_uniform_with_the_usual_spread_and_depends_on_the_gener
             assert not value.any()
 
 
+def test_adapters_of_a_model_without_storage_have_none_either() -> None:
+    """A memory estimate counts a model that may be far too large to make."""
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig("llama", 29, 24, 20, 1, 2, 1, 12))
+    add_adapters(model, 3, 6.0, ",".join(LORA_TARGETS), torch.Generator())
+    assert len(adapters(model)) == 14 and {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def test_the_initial_adapters_depend_on_the_runs_seed_alone(tmp_path: Path) -> None:
     folder = str(untrained_checkpoint(tmp_path / "sft"))
     made = [

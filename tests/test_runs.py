@@ -223,10 +223,11 @@ def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
     [
         (HOST, "", False, True),  # crashed here
         (HOST, "17", False, True),  # another job, crashed here
-        (HOST, "18", True, False),  # our job, and at work
+        (HOST, "18.1", True, False),  # our job, and at work
         ("elsewhere", "", False, False),  # nobody here can tell
         ("elsewhere", "17", False, False),  # another job
-        ("elsewhere", "18", False, True),  # our job before it was requeued
+        ("elsewhere", "18.0", False, True),  # our job before it was requeued
+        ("elsewhere", "18.1", False, False),  # our job on another of its nodes, perhaps at work
     ],
 )
 def test_the_lock_of_a_dead_owner_or_of_this_job_is_taken_over(
@@ -238,6 +239,7 @@ def test_the_lock_of_a_dead_owner_or_of_this_job_is_taken_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "18")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     write_lock(tmp_path, os.getppid() if alive else dead_process(), host, job)
     if not is_taken:
         with pytest.raises(
@@ -247,7 +249,7 @@ def test_the_lock_of_a_dead_owner_or_of_this_job_is_taken_over(
         return
     with open_run(tmp_path, overwrite=False, resume=True):
         owner = json.loads((tmp_path / "LOCK").read_text())
-        assert owner == {"job": "18", "pid": os.getpid(), "host": HOST}
+        assert owner == {"job": "18.1", "pid": os.getpid(), "host": HOST}
 
 
 def test_a_lock_with_our_own_process_id_is_that_of_a_container_before_its_restart(
@@ -262,6 +264,28 @@ def test_without_a_job_an_empty_job_id_is_no_common_job(tmp_path: Path) -> None:
     write_lock(tmp_path, 1, "elsewhere")
     with pytest.raises(ValueError, match="in use"):
         open_run(tmp_path, overwrite=False, resume=True)
+
+
+def test_a_link_in_place_of_a_draft_is_not_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "STATUS"
+    victim.write_text("mine")
+    (tmp_path / "STATUS.tmp").symlink_to(victim)
+    runs.write_text(path, "running")
+    assert victim.read_text() == "mine"
+    assert path.read_text() == "running" and not path.is_symlink()
+
+
+def test_an_error_cannot_command_a_terminal_or_fill_a_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise ValueError("config.json has unknown \x1b[2J\r\x07key" + "y" * 1_000_000)
+
+    with pytest.raises(SystemExit):
+        runs.run_command(fail)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: config.json has unknown \ufffd[2J \ufffdkeyyy")
+    assert shown.count("\n") == 1 and len(shown) < 2100
 
 
 def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:

@@ -319,8 +319,49 @@ def test_a_prompt_is_the_same_on_all_days():
 
 def test_a_template_that_refuses_a_system_message_is_named():
     refusing = "{{ raise_exception('System role not supported') }}"
-    for template in (refusing, "{{ messages[0].nothing.more }}", "{% if %}"):
+    broken = "{{ messages[0].nothing.more }}", "{% if %}", "{{ 1 // 0 }}", "{{ messages[0] + 1 }}"
+    for template in (refusing, *broken):
         with pytest.raises(ValueError, match=r"must take a system and a user message, got .*Error"):
+            encode_prompt(chat_tokenizer(template), STARTS[0], PLANT, WORDS)
+
+
+def holed(moved_to: int | None) -> PreTrainedTokenizerFast:
+    """The number tokenizer with 0.50 at another id, or nowhere."""
+    values = json.loads(NUMBER_TOKENIZER.backend_tokenizer.to_str())
+    vocabulary = values["model"]["vocab"]
+    del vocabulary["0.50"]
+    if moved_to is not None:
+        vocabulary["0.50"] = moved_to
+    backend = Tokenizer.from_str(json.dumps(values))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_an_id_among_others_that_no_token_has_is_seen_in_the_text():
+    ids = NUMBER_TOKENIZER.get_vocab()
+    row = [ids["0.25"], ids["0.50"], ids["-0.25"], ids["<eos>"]]
+    tokens = torch.tensor([row, [row[0], *row[2:], 0]])
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    whole, gap = (decode_completions(t, tokens, mask) for t in (NUMBER_TOKENIZER, holed(None)))
+    assert whole == ["0.25 0.50 -0.25", "0.25 -0.25"]
+    assert gap[0].endswith("\ufffd") and gap[1] == whole[1]
+
+
+def test_the_largest_id_counts_and_not_how_many_there_are(tmp_path):
+    num_rows = len(NUMBER_TOKENIZER)
+    holed(num_rows + 5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"at most the model's {num_rows}, got {num_rows + 6}"):
+        load_tokenizer(tmp_path, num_rows)
+    load_tokenizer(tmp_path, num_rows + 6)
+
+
+def test_a_template_that_drops_a_message_is_refused():
+    """As those do that expect a list of parts where we have a string; the model would be blind."""
+    of_parts = (
+        "{% for m in messages %}{% for part in m.content if part.text is defined %}{{ part.text }}"
+        "{% endfor %}{% endfor %}<assistant>"
+    )
+    for template in (of_parts, "{{ messages[0].content }}", "{{ messages[1].content }}", "hello"):
+        with pytest.raises(ValueError, match="chat template must keep both messages as they are"):
             encode_prompt(chat_tokenizer(template), STARTS[0], PLANT, WORDS)
 
 
