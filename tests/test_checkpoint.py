@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -167,6 +167,34 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
     save(tmp_path, 3, model, optimizer)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-000001", "step-000003"]
+
+
+def test_what_gets_its_name_is_on_the_disk_before_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a folder that looks complete could have empty files in it after a power cut."""
+    synced: list[int] = []  # inodes; 0 is a renaming
+    sync = os.fsync
+
+    def watched_sync(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def watched(change: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def checked(path: Path, target: Path) -> Path:
+            assert {part.stat().st_ino for part in (path, *path.rglob("*"))} <= set(synced)
+            synced.append(0)
+            return change(path, target)
+
+        return checked
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    save(tmp_path, 1, *make_model())
+    assert synced[-2:] == [0, (tmp_path / "checkpoints").stat().st_ino]
+    publish_model(tmp_path, make_model()[0], TASK, MANIFEST, 1, 1.0)
+    assert synced[-2:] == [0, tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize("limit", [20_000, 45_000])  # the weights fail, the moments fail
@@ -376,6 +404,9 @@ def test_the_best_model_is_the_one_with_the_highest_score(tmp_path: Path) -> Non
         (0, -1.0, [], True),  # the run begins anew
     ):
         assert is_best(tmp_path, step, score, before) == expected
+    publish_model(tmp_path, make_model()[0], TASK, MANIFEST, 5, 1 / 3)
+    assert published(tmp_path) == (5, 1 / 3)  # to the last bit, or it would beat itself
+    assert not is_best(tmp_path, 6, 1 / 3, [])
 
 
 def test_a_kill_while_publishing_leaves_one_whole_model(

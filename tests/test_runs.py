@@ -25,6 +25,8 @@ import train_grpo
 import train_sft
 from minigrpo import runs, training
 from minigrpo.checkpoint import published
+from minigrpo.data import split_starts
+from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.runs import (
     HOST,
     RunFolder,
@@ -155,7 +157,14 @@ def test_a_folder_with_a_run_needs_a_decision(tmp_path: Path) -> None:
 
 def test_overwrite_deletes_all_of_a_run(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
-    for name in ("checkpoints/step-000001/model.safetensors", "plots/a.png", "model.safetensors"):
+    names = (
+        "checkpoints/step-000001/model.safetensors plots/a.png model.safetensors minigrpo.json "
+        "config.json generation_config.json tokenizer.json tokenizer_config.json vocab.json "
+        "merges.txt special_tokens_map.json added_tokens.json chat_template.jinja "
+        "additional_chat_templates/other.jinja evaluation/cases.csv tensorboard/events "
+        "skipped/step-000001-rank-0.safetensors publish.tmp/config.json"
+    )
+    for name in names.split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
     (folder / "STOP.17.0").write_text("")
@@ -445,7 +454,9 @@ def test_resuming_at_a_step_leaves_each_step_once(tmp_path: Path) -> None:
         for step in (4, 5):
             run.log(step, {"loss/total": -2.0})
             run.log_sample(step, {"text": "2.00"})
-            run.log_again(step, {"loss/total": -1.0})
+            run.log_again(step, {"loss/total": -1.0, "loss/ratio_max": math.nan})
+        assert [row["loss/total"] for row in run.history()] == [0.0, 0.25, 0.5, 0.75, -1.0, -1.0]
+        assert math.isnan(run.history()[-1]["loss/ratio_max"])  # null in the file
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert steps_of(folder / name) == [0, 1, 2, 3, 4, 5]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -578,6 +589,11 @@ def test_tensorboard_gets_every_metric(tmp_path: Path, monkeypatch: pytest.Monke
         (1, 0.25),
         (2, 0.5),
     ]
+    with RunFolder(tmp_path, tensorboard=True) as run:  # resumed after step 1
+        run.start(1, 2)
+        run.log(2, {"loss/total": 9.0})
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/total")
+    assert [(e.step, e.value) for e in found] == [(0, 0), (1, 0.25), (2, 9.0)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -723,6 +739,24 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_text() == "new"
 
 
+def test_a_logged_step_is_on_the_disk_before_it_can_have_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a checkpoint without the line of its step could not be resumed."""
+    synced: list[tuple[int, int]] = []
+
+    def watched(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced.append((found.st_ino, found.st_size))
+
+    with open_run(tmp_path, overwrite=False, resume=False) as run:
+        monkeypatch.setattr(runs.os, "fsync", watched)
+        for step in range(2):
+            run.log(step, {"loss/total": 1.0})
+            found = (tmp_path / "metrics.jsonl").stat()
+            assert synced[-1] == (found.st_ino, found.st_size)
+
+
 def test_an_open_run_is_closed_once_and_then_free(tmp_path: Path) -> None:
     run: RunFolder = open_run(tmp_path, overwrite=False, resume=False)
     assert (tmp_path / "LOCK").exists()
@@ -848,6 +882,25 @@ def test_a_run_that_never_improved_says_that_it_publishes_its_start(
     train_grpo.main([*flags.split(), "--init", init, "--save-dir", str(tmp_path / "run")])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("that is the model it started from") == is_told
+    if not is_told:
+        assert last == f"best validation reward 1.50 at step 1, published in {tmp_path / 'run'}"
+
+
+def test_a_step_of_grpo_is_announced_warned_of_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_grpo, "warnings_of", lambda *_: ["WARNING step 1: look"])
+    flags = "--device cpu --steps 1 --prompts-per-step 6 --group-size 4 --eval-cases 8"
+    updates = "--num-epochs 3 --num-minibatches 2"
+    init = str(untrained_checkpoint(tmp_path / "init"))
+    places = ["--init", init, "--save-dir", str(tmp_path / "run")]
+    train_grpo.main([*flags.split(), *updates.split(), *places])
+    printed = capsys.readouterr().out
+    assert "6 prompts x 4 = 24 completions a step -> 6 optimizer step(s) of 12: the" in printed
+    assert "WARNING step 1: look\n" in printed
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    parts = (row[f"time/{part}_s"] for part in ("sampling", "scoring", "update"))
+    assert 0 < sum(parts) <= row["time/step_s"]
 
 
 FEW = "--device cpu --prompts-per-step 2 --group-size 2 --num-minibatches 1 --eval-every 1"
@@ -956,6 +1009,7 @@ def test_a_run_finds_its_start_from_another_folder(
         train_grpo.main(resumed)
     train_grpo.main([*resumed, "--init=../init"])
     assert steps_of(Path("run/metrics.jsonl")) == [0, 1, 2]
+    assert sorted({*steps_of(Path("run/samples.jsonl"))}) == [1, 2]
 
 
 def test_supervised_training_counts_the_demonstrations_it_has(
@@ -965,6 +1019,31 @@ def test_supervised_training_counts_the_demonstrations_it_has(
     few = "--num-demonstrations 4 --batch-size 64"
     train_sft.main([*flags.split(), *few.split(), "--save-dir", str(tmp_path / "run")])
     assert "4 demonstrations, 3 steps of 4 = 3 epochs" in capsys.readouterr().out
+
+
+def test_a_run_is_judged_on_validation_starts_and_keeps_as_many_checkpoints_as_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen on the starts that evaluate.py measures on, the best model would look too good."""
+    judged: list[tuple[torch.Tensor, int, int]] = []
+
+    def validation(
+        model: object, starts: torch.Tensor, task: object, seed: int, rows: int
+    ) -> dict[str, float]:
+        judged.append((starts, seed, rows))
+        return {"eval/greedy_reward": 2.0, "eval/sampled_reward": 1.0}
+
+    monkeypatch.setattr(training, "validation_metrics", validation)
+    flags = "--device cpu --horizon 2 --width 8 --num-heads 1 --num-demonstrations 4 --batch-size 2"
+    told = "--steps 4 --eval-every 2 --eval-cases 9 --seed 5 --rows-per-batch 7 --save-every 1"
+    folder = tmp_path / "run"
+    train_sft.main([*flags.split(), *told.split(), "--keep-last", "3", "--save-dir", str(folder)])
+    expected = split_starts(DoubleIntegrator(horizon=2)).validation[:9]
+    assert len(judged) == 3 and all(torch.equal(starts, expected) for starts, _, _ in judged)
+    assert {(seed, rows) for _, seed, rows in judged} == {(5, 7)}
+    assert published(folder) == (0, 2.0)  # the greedy one
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003", "step-000004"]
 
 
 def test_gradients_that_do_not_fit_are_refused(

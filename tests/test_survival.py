@@ -392,6 +392,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     batch = load_file(saved[-1])
     assert batch["advantages"].isnan().all()
     assert batch["choices.values"].shape[:2] == batch["advantages"].shape
+    assert len(batch["choices.plans.own"]) == len(batch["advantages"])
 
 
 def spoil_loss(of_rank: int) -> None:
@@ -417,7 +418,8 @@ def test_in_supervised_training_the_first_gradient_that_is_not_finite_ends_the_r
     assert checkpoints(folder) == ["step-000002"]
     last = lines(folder)[-1]
     assert last["step"] == 3 and last["loss/total"] is None and "eval/greedy_reward" not in last
-    assert len(list((folder / "skipped").iterdir())) == num_ranks
+    saved = sorted(path.name for path in (folder / "skipped").iterdir())
+    assert saved == [f"step-000003-rank-{place}.safetensors" for place in range(num_ranks)]
 
 
 def nudge_the_second_rank(stage: str) -> None:
