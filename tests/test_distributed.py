@@ -474,6 +474,7 @@ def evaluation_of_run(flags: list[str]) -> str:
 def test_an_evaluation_is_the_same_on_any_number_of_ranks(supervised: Path, tmp_path: Path) -> None:
     """Three ranks have 3, 2 and 2 of the seven plans, and of two MPC starts one each and none."""
     flags = ["--model-path", str(supervised), "--num-cases", "7", "--mpc-cases", "2"]
+    flags += ["--best-of", "3"]
     reports = {}
     for world in (1, 2, 3):
         folder = tmp_path / str(world)

@@ -7,6 +7,7 @@ the key-value cache; everything behind the logits (sampler, decoder, parser, pla
 import csv
 import json
 import math
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import (
     MODES,
     CaseResults,
+    Report,
     best_of,
     evaluate_policy,
     lqr_results,
@@ -230,6 +232,15 @@ def test_summary_of_numbers_worked_by_hand():
     assert summary["frac_final_error_below_0.1"] == 0.6
     assert summary["cost_ratio"] == 11 / 5  # not the mean of ratios, which has 0 / 0
     assert summary["num_violations_mean"] == 1.6 and summary["frac_violating"] == 0.4
+    summary["reward_ci95"] = [95.5, 121.25]
+    lines = table(Report({"sft": {"mpc": summary}}, {}, 5)).splitlines()
+    titles, row = (re.split("  +", line) for line in lines)
+    assert dict(zip(titles, row, strict=True)) == {
+        "policy": "sft", "mode": "mpc", "cases": "5", "reward": "110.00",
+        "95 % interval": "[95.50, 121.25]", "error mean": "0.1140", "median": "0.0999",
+        "p95": "0.2600", "below 0.1": "60.0%", "cost ratio": "2.2000", "valid": "100.0%",
+        "violations": "1.60",
+    }  # fmt: skip
     at_rest = results_of([9.0] * 5, cost=torch.zeros(5).double())
     assert summarise(at_rest, at_rest)["cost_ratio"] is None
 
@@ -296,9 +307,15 @@ def test_paired_difference_of_numbers_worked_by_hand():
         "cost_ratio_difference": -1.5,
         "cost_ratio_difference_ci95": [-1.5, -1.5],
     }
+    found = {"sampled": paired_difference(a, b, lqr), "mpc": None}
+    assert table(Report({}, found, 5)).splitlines()[1:] == [
+        "grpo - sft, sampled: reward +2.00 [+2.00, +2.00], gap to LQR closed 25.0% [25.0%, 25.0%], "
+        "final error -0.2500 [-0.2500, -0.2500], cost ratio -1.5000 [-1.5000, -1.5000]"
+    ]
     uneven = results_of(worth + float64([1.0, 3, 2, 0, 9]))
     assert paired_difference(uneven, b, lqr)["gap_closed"] == pytest.approx(15 / 40)
     nothing_to_close = paired_difference(a, results_of(worth + 9), lqr)
+    assert "gap to LQR closed - -, " in table(Report({}, {"greedy": nothing_to_close}, 5))
     assert nothing_to_close["gap_closed"] is None and nothing_to_close["gap_closed_ci95"] is None
     # a mean gap of 1 that could as well be 0 is no gap to divide by
     unsure = results_of(worth + float64([20.0, -10, 10, -15, 0]))
@@ -395,7 +412,10 @@ def test_sampled_controls_depend_on_seed_and_place_alone():
     metrics = validation_metrics(model, starts, SHORT, seed=5)
     greedy, expert = evaluate_policy(model, starts, SHORT, None, 0), lqr_results(starts, SHORT)
     assert metrics["eval/sampled_reward"] == results.rewards.total.mean()
+    usual = evaluate.EvalConfig()  # whose sampled rows are of the same policy
+    assert (usual.temperature, usual.top_p) == (acting.temperature, acting.top_p)
     assert metrics["eval/greedy_reward"] == greedy.rewards.total.mean()
+    assert metrics["eval/lqr_reward"] == expert.rewards.total.mean()
     assert metrics["eval/cost_ratio"] == summarise(greedy, expert)["cost_ratio"]
     assert metrics["eval/final_error"] == greedy.final_error.mean() != results.final_error.mean()
     half = [text_of(SHORT, [0.5] * count) for count in (6, 7)]  # greedy takes one of the two
@@ -569,6 +589,11 @@ def test_the_script_writes_what_the_issue_asks_for(folders, capsys, tmp_path, mo
                 reward, cost = (sum(float(r[key]) for r in rows) for key in ("reward", "cost"))
                 assert reward / len(rows) == pytest.approx(summary["reward_mean"])
                 assert cost / costs == pytest.approx(summary["cost_ratio"])
+                names = ("is_valid", "num_violations", "num_invalid_texts")
+                valid, violations, invalid = (sum(int(r[name]) for r in rows) for name in names)
+                assert violations / len(rows) == pytest.approx(summary["num_violations_mean"])
+                assert invalid == summary["num_invalid_texts"]
+                assert mode == "mpc" or valid == len(rows) - invalid
     starts = [[float(row["position"]), float(row["velocity"])] for row in cases[:7]]
     assert starts == STARTS[:7].tolist()
     for name, u in (("sft", 0.5), ("grpo", -0.25)):
@@ -610,15 +635,25 @@ def test_one_model_alone_goes_by_its_stage_on_starts_from_a_file_without_matplot
 def test_the_error_plot_compares_all_modes_on_the_same_starts(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
     starts, drawn = STARTS[:5], {}
-    monkeypatch.setattr(
-        evaluate.plots, "plot_error_by_step", lambda path, states, dt: drawn.update(states)
-    )
+    for name in ("time_series", "phase_portrait", "error_by_step"):
+        monkeypatch.setattr(
+            evaluate.plots, f"plot_{name}", lambda *given, name=name: drawn.update({name: given})
+        )
     expert, flown = lqr_results(starts, SHORT), lqr_results(starts[:3], SHORT)
     results = {"lqr": {"greedy": expert}, "lqr_rounded": {"greedy": expert}}
-    results["grpo"] = {"greedy": expert, "sampled": expert, "mpc": flown}
+    results["grpo"] = {"greedy": expert, "sampled": lqr_results(starts, SHORT, 0), "mpc": flown}
     evaluate.draw_plots(tmp_path, results, SHORT.plant, tmp_path / "metrics.jsonl")
-    assert list(drawn) == ["lqr", "grpo", "grpo mpc"]
-    assert all(torch.equal(states, expert.states[:3]) for states in drawn.values())
+    path, states, dt = drawn["error_by_step"]
+    assert (path, dt) == (tmp_path / "error_by_step.png", 0.1)
+    assert list(states) == ["lqr", "grpo", "grpo mpc"]
+    assert all(torch.equal(flown, expert.states[:3]) for flown in states.values())
+    for name, bounds in (("time_series", [0.1, 1.0, 3.0]), ("phase_portrait", [1.0])):
+        path, states, *more = drawn[name]
+        assert path == tmp_path / f"{name}.png" and more[-len(bounds) :] == bounds
+        assert list(states) == ["lqr", "grpo"]
+        assert all(torch.equal(flown, expert.states) for flown in states.values())
+    controls = drawn["time_series"][2]
+    assert all(torch.equal(applied, expert.controls) for applied in controls.values())
 
 
 def test_lqr_is_rounded_as_the_evaluated_model_writes_whatever_the_baseline(folders, tmp_path):
@@ -659,6 +694,48 @@ def test_a_baseline_for_another_plant_is_refused(folders, tmp_path):
         ValueError, match=r"baseline .*other must have the plant .*dt=0.1.*got.*dt=0.2"
     ):
         evaluate.main(["--model-path", folders["grpo"], "--baseline", other, "--device", "cpu"])
+    task = make(horizon=1)
+    dear = make_task(task.plant, QuadraticCost(control=0.2), CODEC, task.tokenizer)
+    other = publish(tmp_path / "dear", "sft", "0.50", dear)
+    with pytest.raises(ValueError, match=r"must have the .* cost .*control=0.1.*got.*control=0.2"):
+        evaluate.main(["--model-path", folders["grpo"], "--baseline", other, "--device", "cpu"])
+
+
+def test_the_seed_of_an_evaluation_is_also_that_of_its_intervals(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    flags = ["--model-path", folders["grpo"], "--device=cpu", "--num-cases=9", "--skip-mpc"]
+    found = []
+    for seed in ("3", "4"):
+        evaluate.main([*flags, "--seed", seed, "--save-dir", str(tmp_path / seed)])
+        report = json.loads((tmp_path / seed / "evaluation.json").read_text())
+        found.append(report["policies"]["lqr"]["greedy"])
+    assert found[0]["reward_mean"] == found[1]["reward_mean"]
+    assert found[0]["reward_ci95"] != found[1]["reward_ci95"]
+
+
+def test_a_number_that_is_none_is_not_written_as_one(folders, tmp_path, monkeypatch):
+    """NaN would make evaluation.json a file that strict readers of JSON refuse."""
+    monkeypatch.setattr(evaluate.evaluation, "make_report", lambda *_: Report({}, {}, math.nan))
+    flags = ["--model-path", folders["grpo"], "--device=cpu", "--num-cases=9", "--skip-mpc"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        evaluate.main([*flags, "--save-dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_mode_runs_in_the_precision_that_was_asked_for(monkeypatch):
+    seen = []
+
+    def watched(model, starts, *_):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return lqr_results(starts, SHORT)
+
+    for name in ("evaluate_policy", "receding_horizon"):
+        monkeypatch.setattr(evaluate.evaluation, name, watched)
+    models = {"sft": (torch.nn.Identity(), SHORT)}
+    for precision in ("float32", "bfloat16"):
+        config = evaluate.EvalConfig(precision=precision)
+        evaluate.run_policies(models, STARTS[:2], config, torch.device("cpu"))
+    assert seen == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc"])  # where nobody can write

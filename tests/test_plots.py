@@ -80,10 +80,9 @@ def test_time_series_draws_each_policy_from_the_same_start(tmp_path, drawn):
         position, velocity = states["lqr"][start, 0].tolist()
         assert axes[start].get_title() == f"from {position:.2f} m, {velocity:.2f} m/s"
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["LQR", "SFT", "GRPO"]
-    bounds = {
-        abs(line.get_ydata()[0]) for line in axes[6].get_lines() if line.get_linestyle() == ":"
-    }
-    assert bounds == {3.0}
+    for axis, bound in zip(axes[::3], (1.0, 1.0, 3.0), strict=True):
+        marks = [line for line in axis.get_lines() if line.get_linestyle() == ":"]
+        assert [line.get_ydata()[0] for line in marks] == [-bound, bound]
 
 
 def test_fewer_starts_than_columns_are_no_error(tmp_path, drawn):
@@ -103,6 +102,10 @@ def test_phase_portrait_has_a_panel_for_each_policy_over_lqr(tmp_path, drawn):
         expected = [*states["lqr"][:4].double(), *states[name][:4].double()]
         assert len(paths) == 8
         assert all(torch.equal(*pair) for pair in zip(paths, expected, strict=True))
+        marks = [line.get_xydata()[0] for line in axis.get_lines() if line.get_marker() == "o"]
+        assert torch.equal(torch.as_tensor(np.stack(marks)), states[name][:4, 0].double())
+        assert axis.get_xlabel() == "position (m)"
+    assert drawn[0].axes[0].get_ylabel() == "velocity (m/s)"
 
 
 def test_phase_portrait_of_lqr_alone(tmp_path, drawn):
@@ -117,7 +120,16 @@ def test_error_by_step_is_the_mean_distance(tmp_path, drawn):
     (axis,) = drawn[0].axes
     assert axis.get_yscale() == "log"
     shown = lines(axis)
-    assert list(shown) == ["LQR", "SFT", "GRPO", "GRPO MPC"]
+    looks = {
+        line.get_label(): (line.get_color(), line.get_linestyle()) for line in axis.get_lines()
+    }
+    assert looks == {
+        "LQR": ("#000000", "--"),
+        "SFT": ("#D55E00", "-"),
+        "GRPO": ("#0072B2", "-"),
+        "GRPO MPC": ("#0072B2", ":"),  # a policy has its colour in every mode
+    }
+    assert list(shown) == list(looks)
     for k in range(8):
         mean = sum(math.hypot(*row) for row in states["sft"][:, k].tolist()) / 5
         assert shown["SFT"][k].tolist() == pytest.approx([0.2 * k, mean], rel=1e-6)
@@ -158,6 +170,9 @@ def test_learning_curve_draws_what_the_run_logged(tmp_path, drawn):
     # lines that start at 0 add up to the gain of the total
     added = sum(line[:, 1] for line in gains.values())
     assert torch.allclose(added, smooth[:, 1] - smooth[0, 1])
+    for place, name in enumerate(COMPONENTS):
+        first, last = (place + sum(k * k for k in range(k, k + 7)) / 70 for k in (1, 54))
+        assert f"{name}  {first:.1f} to {last:.1f}" in gains
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[1].get_lines()}
     assert len(looks) == 9
 
@@ -181,6 +196,9 @@ def test_seed_bands_are_mean_and_range_over_seeds_up_to_the_shortest(tmp_path, d
     assert set(shown["LQR"][:, 1].tolist()) == {9.0}
     corners = {tuple(point) for point in axis.collections[0].get_paths()[0].vertices.tolist()}
     assert {(0.0, 1.0), (0.0, 3.0), (10.0, 2.0), (10.0, 5.0)} <= corners
+    assert 0 < axis.get_ylim()[0] < 1  # all of it
+    plot_seed_bands(tmp_path / "bands.png", {"grpo": seeds}, 53.0, "step")
+    assert drawn[1].axes[0].get_ylim()[0] == 3.0  # what is more than 50 below LQR is cut off
 
 
 def test_metrics_are_read_without_nulls_and_without_a_line_being_written(tmp_path):
