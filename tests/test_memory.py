@@ -210,6 +210,44 @@ def test_the_largest_micro_batch_is_counted(
     assert counted[0].micro_rows == min(micro, max(cut))
 
 
+def test_each_trainer_counts_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first of three ranks, which has the most of a step."""
+    for trainer in (train_grpo, train_sft):
+        monkeypatch.setattr(trainer, "memory_estimate", lambda _, __, work, *___: work)
+        monkeypatch.setattr(trainer, "prompt_lengths", lambda task: {5, 9})
+        monkeypatch.setattr(trainer, "world_size", lambda: 3)
+    task = cast(Task, SimpleNamespace(max_completion_length=51))
+
+    def counted(config: GRPOConfig | SFTConfig) -> Workload:
+        if isinstance(config, GRPOConfig):
+            return cast(Workload, train_grpo.estimate_memory(LLAMA, task, config))
+        return cast(Workload, train_sft.estimate_memory(LLAMA, task, config))
+
+    config = GRPOConfig(
+        prompts_per_step=28, group_size=4, micro_batch_size=8, eval_cases=50, rows_per_batch=30,
+        support_size=16,
+    )  # fmt: skip
+    rows = 10 * 4
+    work = Workload(
+        prompt_length=9, completion_length=51, micro_rows=8, num_decoded=30, num_prefilled=30,
+        num_rows=rows, support_size=16, has_reference=True,
+        num_simulated=min(rows, rows_at_once(False)),
+    )  # fmt: skip
+    assert counted(config) == work  # validation decodes more than a rollout
+    fewer = replace(config, eval_cases=8, rows_per_batch=37)
+    assert counted(fewer) == replace(work, num_decoded=9 * 4, num_prefilled=9)
+    assert counted(replace(config, top_p=1.0)) == replace(work, support_size=0)
+    for without in ({"kl_beta": 0.0}, {"lora_rank": 2}):  # adapters are taken off for it
+        assert counted(replace(config, **without)) == replace(work, has_reference=False)
+    choices = replace(config, credit="choice", advantage_std="batch")
+    assert counted(choices) == replace(work, num_nodes=NUM_COLUMNS)
+    supervised = SFTConfig(batch_size=20, eval_cases=50, rows_per_batch=30)
+    work = Workload(9, 51, micro_rows=7, num_decoded=30, num_prefilled=30, is_perturbed=True)
+    assert counted(supervised) == work
+    plain = replace(supervised, weight_noise=0.0, micro_batch_size=2, eval_cases=8)
+    assert counted(plain) == Workload(9, 51, micro_rows=2, num_decoded=8, num_prefilled=8)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_on_cuda_kept_graphs_are_counted_beside_the_update(precision: str) -> None:
     """Three caches, the weights in float32 and, for autocast, in bfloat16; not of shards."""
