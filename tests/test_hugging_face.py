@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from test_transformer import largest_difference, our_model, some_tokens
 from transformers import (
@@ -115,7 +116,8 @@ def test_what_we_save_loads_in_transformers_completely_and_writes_the_same(famil
         tokens, max_new_tokens=17, do_sample=False, attention_mask=torch.ones_like(tokens)
     )
     assert written.tolist() == greedy(ours, tokens, 17).tolist()
-    assert theirs.config.eos_token_id is None  # llama's default, 2, is an ordinary token here
+    # llama's defaults, 1 and 2, are ordinary tokens here
+    assert theirs.config.bos_token_id is theirs.config.eos_token_id is None
 
 
 def test_a_model_made_here_survives_both_directions_bit_for_bit(tmp_path):
@@ -256,6 +258,24 @@ def test_a_pretrained_model_is_a_folder_or_the_hubs_and_the_error_says_what_to_d
     for name in ("nobody/no-such-model", "no such name!", str(tmp_path)):  # the suite is offline
         with pytest.raises(ValueError, match=r"no folder with a config\.json.*pass that folder"):
             find_pretrained(name)
+
+
+def test_no_code_and_no_pickles_are_fetched_from_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("minigrpo.hugging_face.snapshot_download", download)
+    assert find_pretrained("somebody/model") == tmp_path
+    ((name, patterns),) = asked
+    needed = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt"]
+    needed += ["chat_template.jinja", "model-00001-of-00002.safetensors"]
+    needed += ["model.safetensors.index.json"]
+    others = ["pytorch_model.bin", "modeling_own.py", "training_args.pt", "model.gguf"]
+    found = filter_repo_objects([*needed, *others], allow_patterns=patterns)
+    assert name == "somebody/model" and list(found) == needed
 
 
 def test_sharded_files_load_like_one(tmp_path):

@@ -233,14 +233,26 @@ def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
     train_sft.main([*SFT, "--model", str(base), "--save-dir", str(run)])
     content = json.loads((base / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
-    vocab["1"], vocab["7"] = vocab["7"], vocab["1"]
-    (base / "tokenizer.json").write_text(json.dumps(content))
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="step-000002: its tokenizer must be that of the model"):
-        train_sft.main([*SFT, "--save-dir", str(run), "--resume", "--steps=3"])
-    assert (run / "metrics.jsonl").read_bytes() == before
-    vocab["1"], vocab["7"] = vocab["7"], vocab["1"]
+
+    def is_refused():
+        message = "step-000002: its tokenizer must be that of the model"
+        with pytest.raises(ValueError, match=message):
+            train_sft.main([*SFT, "--save-dir", str(run), "--resume", "--steps=3"])
+        assert (run / "metrics.jsonl").read_bytes() == before
+
+    for one, other in (("1", "7"), ("#", "~")):  # these two are in no prompt and in no plan
+        vocab[one], vocab[other] = vocab[other], vocab[one]
+        (base / "tokenizer.json").write_text(json.dumps(content))
+        is_refused()
+        vocab[one], vocab[other] = vocab[other], vocab[one]
     (base / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = TEMPLATE.replace("<assistant>", "<model>")
+    tokenizer.save_pretrained(base)
+    is_refused()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(base)
     train_sft.main([*SFT, "--save-dir", str(run), "--resume", "--steps=3"])
 
 

@@ -19,6 +19,7 @@ from tiny import untrained_checkpoint
 import train_grpo
 import train_sft
 from minigrpo.config import EvalConfig, GRPOConfig, Settings, SFTConfig, parse_flags, resolve
+from minigrpo.optim import cosine_learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -215,6 +216,20 @@ def test_the_headline_is_what_the_raw_files_hold(arm: str, policy: str, mode: st
     if policy == "grpo":
         shares = [report["comparison"][mode]["gap_closed"] for report in results_of(arm)]
         assert f"({', '.join(f'{share:.0%}' for share in shares)})" in TEXTS[README]
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_the_headline_was_measured_with_the_schedule_of_todays_defaults(seed: int) -> None:
+    config = resolve(GRPOConfig, {}, "tiny").config
+    file = ROOT / "benchmarks" / "results" / f"default-seed{seed}.json"
+    curve = json.loads(file.read_text())["curve"]
+    shape = config.steps, config.learning_rate, config.warmup_steps, config.decay_steps
+    rates = [cosine_learning_rate(step, *shape) for step in range(config.steps)]
+    assert [row["update/learning_rate"] for row in curve[1:]] == pytest.approx(rates)
+    evaluated = [row["step"] for row in curve if "eval/greedy_reward" in row]
+    assert evaluated == [*range(0, config.steps + 1, config.eval_every)]
+    rows = config.prompts_per_step * config.group_size
+    assert all((row["rollout/frac_valid"] * rows).is_integer() for row in curve[1:])
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
