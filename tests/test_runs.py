@@ -173,6 +173,21 @@ def test_overwrite_deletes_all_of_a_run(tmp_path: Path) -> None:
         assert contents(folder).keys() == {"LOCK", "STATUS"}
 
 
+def test_a_deletion_that_was_interrupted_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished_run(tmp_path / "run")
+
+    def kill(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", kill)
+        open_run(folder, overwrite=True, resume=False)
+    with open_run(folder, overwrite=True, resume=False):
+        assert contents(folder).keys() == {"LOCK", "STATUS"}
+
+
 @pytest.mark.parametrize("stranger", ["notes.txt", "thesis/chapter.tex", "plots"])
 def test_overwrite_deletes_nothing_where_there_is_a_file_of_others(
     tmp_path: Path, stranger: str
