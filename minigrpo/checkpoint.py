@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
-from minigrpo.config import GRPOConfig, Resolved, SFTConfig, Value
+from minigrpo.config import PRESETS, GRPOConfig, Resolved, SFTConfig, Value
 from minigrpo.data import SFTBatch, Task, make_task
 from minigrpo.distributed import cut_like, from_rank_zero, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
@@ -80,9 +80,10 @@ class Manifest:
         found = _checked_keys(values, {item.name for item in fields(cls)} | {"wording"}, str(path))
         if found["stage"] not in ("sft", "grpo"):
             raise ValueError(f"{path}: stage must be sft or grpo, got {found['stage']!r}")
-        if found["preset"] not in ("tiny", "pretrained"):
+        presets = sorted({name for name, _ in PRESETS}, reverse=True)
+        if found["preset"] not in presets:
             got = found["preset"]
-            raise ValueError(f"{path}: preset must be tiny or pretrained, got {got!r}")
+            raise ValueError(f"{path}: preset must be {' or '.join(presets)}, got {got!r}")
         for name, kind in (("config", dict), ("sources", dict)):
             if not isinstance(found[name], kind):
                 raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {found[name]!r}")
