@@ -318,7 +318,10 @@ def test_adapters_of_a_model_without_storage_have_none_either() -> None:
     """A memory estimate counts a model that may be far too large to make."""
     with torch.device("meta"):
         model = Transformer(TransformerConfig("llama", 29, 24, 20, 1, 2, 1, 12))
-    add_adapters(model, 3, 6.0, ",".join(LORA_TARGETS), torch.Generator())
+    generator = torch.Generator()
+    before = generator.get_state()
+    add_adapters(model, 3, 6.0, ",".join(LORA_TARGETS), generator)
+    assert torch.equal(generator.get_state(), before)  # nothing was drawn, not for a moment
     assert len(adapters(model)) == 14 and {p.device.type for p in model.parameters()} == {"meta"}
 
 
