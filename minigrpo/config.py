@@ -184,8 +184,9 @@ class SFTConfig(RunSettings):
         "tiny model: ordinal label smoothing, m/s^2: Gaussian width over neighbouring numbers",
         at_least=0,
     )
-    dt: float = flag(0.1, "seconds per control", at_least=1e-3, at_most=1e3)
-    horizon: int = flag(50, "controls per plan", at_least=1, at_most=1000)
+    # Of these two DoubleIntegrator has the ranges, for a checkpoint's are checked there as well.
+    dt: float = flag(0.1, "seconds per control")
+    horizon: int = flag(50, "controls per plan")
     width: int = flag(64, "tiny model: residual width", at_least=8)
     mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)

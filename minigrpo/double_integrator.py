@@ -6,7 +6,6 @@ with x = (position, velocity) in m and m/s, u in m/s^2. This zero-order hold is 
 saturates; states are never clamped, since a clamped state is a free brake.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -42,9 +41,12 @@ class DoubleIntegrator:
     start_decimals: int = 2  # starts are exact in text
 
     def __post_init__(self) -> None:
-        for name in ("dt", "state_bound", "control_bound", "start_bound"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 1e-3 <= self.dt <= 1e3:
+            raise ValueError(f"dt must be between 0.001 and 1000, got {self.dt}")
+        for name in ("state_bound", "control_bound", "start_bound"):
+            if not 0 < getattr(self, name) <= 1e6:
+                got = getattr(self, name)
+                raise ValueError(f"{name} must be positive and at most 1e6, got {got}")
         if not 1 <= self.horizon <= 1000:
             raise ValueError(f"horizon must be between 1 and 1000, got {self.horizon}")
         if not 0 <= self.start_decimals <= 6:

@@ -209,7 +209,7 @@ def _replace_lock(lock: Path, ours: Path, dead: dict[str, str]) -> None:
 def _read_owner(lock: Path) -> dict[str, str]:
     try:
         owner = json.loads(lock.read_text())
-        return {key: str(owner[key]) for key in ("job", "pid", "host")}
+        return {"job": str(owner["job"]), "pid": str(int(owner["pid"])), "host": str(owner["host"])}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{lock} names no owner; if no process works there, delete it") from None
 

@@ -475,7 +475,15 @@ def changed_codec(**values: object) -> dict[str, object]:
         (changed_plant(dt="0.1"), ": plant.dt must be of type float, got '0.1'"),
         (changed_plant(horizon=3.5), ": plant.horizon must be of type int, got 3.5"),
         (changed_plant(horizon=True), ": plant.horizon must be of type int, got True"),
-        (changed_plant(dt=-1.0), ": plant: dt must be positive and finite, got -1.0"),
+        (changed_plant(dt=-1.0), ": plant: dt must be between 0.001 and 1000, got -1.0"),
+        (
+            changed(cost=vars(QuadraticCost()) | {"control": 10**400}),
+            f": cost: control must be positive and at most 1e6, got {10**400}",
+        ),
+        (
+            changed_plant(control_bound=10**400),
+            f": plant: control_bound must be positive and at most 1e6, got {10**400}",
+        ),
         (changed_plant(horizon=10**7), ": plant: horizon must be between 1 and 1000, got 10000000"),
         (
             changed_plant(start_decimals=4),

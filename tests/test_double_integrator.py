@@ -209,8 +209,12 @@ def test_the_grid_follows_bound_and_decimals():
     ("field", "value"),
     [
         ("dt", 0.0),
+        ("dt", 0.0009),
+        ("dt", 1000.1),
         ("dt", float("nan")),
         ("horizon", 0),
+        ("horizon", 1001),
+        ("control_bound", 1000001.0),
         ("state_bound", float("inf")),
         ("control_bound", -3.0),
         ("start_bound", 1.1),  # outside the state bound

@@ -1,13 +1,11 @@
 """LQR against dense least squares, a bounded solver, a Riccati recursion and published numbers."""
 
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import lsq_linear
 
-from minigrpo.config import SFTConfig
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import (
     QuadraticCost,
@@ -255,16 +253,15 @@ def test_float32_starts_and_wrong_shapes():
 
 
 @pytest.mark.parametrize("field", ["position", "velocity", "control", "terminal"])
-@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1000001, float("nan"), float("inf")])
 def test_bad_weights_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"^{field} must be positive and finite, got {value}"):
+    with pytest.raises(ValueError, match=f"^{field} must be positive and at most 1e6, got {value}"):
         QuadraticCost(**{field: value})
 
 
-@pytest.mark.parametrize("edge", ["at_least", "at_most"])
-def test_every_dt_that_the_settings_allow_has_a_gain(edge):
-    item = next(item for item in dataclasses.fields(SFTConfig) if item.name == "dt")
-    plant = DoubleIntegrator(dt=float(item.metadata["limits"][edge]))
+@pytest.mark.parametrize("dt", [1e-3, 1e3])
+def test_every_dt_that_a_plant_may_have_has_a_gain(dt):
+    plant = DoubleIntegrator(dt=dt)
     starts = plant.start_grid()[:100]
     costs = trajectory_cost(plant.simulate(starts, lqr_controls(starts, plant, COST)), COST)
     assert lqr_gain(plant, COST).isfinite().all() and costs.isfinite().all()

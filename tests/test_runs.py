@@ -312,8 +312,9 @@ def test_an_error_cannot_command_a_terminal_or_fill_a_log(
     assert shown.count("\n") == 1 and len(shown) < 2100
 
 
-def test_a_lock_without_an_owner_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "LOCK").write_text("")
+@pytest.mark.parametrize("text", ["", "{}", '{"job": "", "pid": "me", "host": "here"}'])
+def test_a_lock_without_an_owner_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "LOCK").write_text(text)
     with pytest.raises(ValueError, match="names no owner"):
         open_run(tmp_path, overwrite=False, resume=True)
 
