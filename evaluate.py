@@ -36,7 +36,7 @@ PICTURES = ("time_series.png", "phase_portrait.png", "error_by_step.png", "learn
 def main(arguments: Sequence[str] | None = None) -> None:
     resolved = resolve(EvalConfig, parse_flags(EvalConfig, arguments), preset="")
     config = resolved.config
-    folder = Path(config.save_dir or f"{config.model_path}/evaluation")
+    folder = Path(config.save_dir or evaluation_folder(Path(config.model_path)))
     if (folder / "evaluation.json").exists() and not config.overwrite:
         raise ValueError(f"save_dir {folder} already holds an evaluation; --overwrite replaces it")
     models = load_policies(config)
@@ -76,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         draw_plots(folder, results, task.plant, Path(config.model_path) / "metrics.jsonl")
     print(*sorted(str(path) for path in folder.iterdir() if path.is_file()), sep="\n")
+
+
+def evaluation_folder(model_path: Path) -> Path:
+    """Of a checkpoint, which its run will delete, that is in the folder of the run."""
+    model = model_path.resolve()
+    if model.parent.name == "checkpoints":
+        return model.parents[1] / "evaluation" / model.name
+    return model_path / "evaluation"
 
 
 def load_policies(config: EvalConfig) -> dict[str, tuple[Transformer, Task]]:

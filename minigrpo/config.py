@@ -339,7 +339,11 @@ class EvalConfig(Settings):
         "", "folder of a second model for the paired comparison, usually the SFT one"
     )
     num_cases: int = flag(512, "held-out starts", at_least=2, at_most=2048)
-    save_dir: str = flag("", "where evaluation.json and plots go; empty: model_path/evaluation")
+    save_dir: str = flag(
+        "",
+        "where evaluation.json and plots go; empty: model_path/evaluation, of a checkpoint "
+        "evaluation/step-... in the folder of its run",
+    )
     seed: int = flag(
         0, "seed of sampled tokens and of the bootstrap", at_least=0, at_most=2**32 - 1
     )

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -665,6 +666,15 @@ def test_lqr_is_rounded_as_the_evaluated_model_writes_whatever_the_baseline(fold
         lines = (tmp_path / name / "cases.csv").read_text().splitlines()
         rows.append([line for line in lines if ",lqr_rounded," in line])
     assert rows[0] == rows[1] and len(rows[0]) == 9
+
+
+def test_an_evaluation_of_a_checkpoint_outlives_it(folders, tmp_path, monkeypatch):
+    model = tmp_path / "run/checkpoints/step-000020"
+    shutil.copytree(folders["grpo"], model)
+    monkeypatch.chdir(model.parent)
+    evaluate.main(["--model-path", model.name, "--device=cpu", "--num-cases=9", "--skip-mpc"])
+    assert not (model / "evaluation").exists()
+    assert (tmp_path / "run/evaluation/step-000020/evaluation.json").is_file()
 
 
 def test_pictures_of_an_evaluation_that_is_replaced_go_and_numbers_do_not_wait_for_new_ones(
