@@ -1,6 +1,5 @@
 """LQR against dense least squares, a bounded solver, a Riccati recursion and published numbers."""
 
-
 import numpy as np
 import pytest
 import torch
