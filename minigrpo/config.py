@@ -291,7 +291,7 @@ class GRPOConfig(RunSettings):
         "progress", "punishment is kept for comparison"
     )
     reward_baseline: float = flag(
-        50.0, "constant for valid text; cancels among valid completions", at_least=0
+        50.0, "constant for valid text; cancels where all completions are valid", at_least=0
     )
     reward_progress: float = flag(
         30.0, "weight of the share of the initial distance covered", at_least=0

@@ -16,13 +16,14 @@ In other words: W is a Q-value, of the plan that goes on with v, e the value of 
 w_{j-1} a temporal difference, F a lambda-return of those to come. The first term is exact in the
 choice (all actions: Sutton et al. 2001; expected policy gradients, 1706.05374), with the
 counterfactual value of COMA (1705.08926), which here is computed and not learned. The second says
-what the row itself did later. With lambda = 1, F_k is R - w_k minus terms
-w_j - e_j of mean 0, and the gradient that of E[R], exactly, for any W that depends on nothing which
-the row chose at k or later and is the reward itself for the choice that ends a row. It is so at the
-weights that sampled, for fixed supports and before the division by s and by the number of tokens,
-as for any policy gradient here. A smaller lambda forgets what lies far behind k, bias for variance,
-since W takes later controls from v, which does not react to u_k; lambda = 0 is the first term
-alone. (Q(lambda) and Retrace, 1606.02647, sum the same residuals with lambda^(j-k-1).)
+how much better than v the policy's later choices are, in expectation, from where the row went. With
+lambda = 1, F_k is R - w_k minus terms w_j - e_j of mean 0, and the gradient that of E[R], exactly,
+for any W that depends on nothing which the row chose at k or later and is the reward itself for the
+choice that ends a row. It is so at the weights that sampled, for fixed supports and before the
+division by s and by the number of tokens, as for any policy gradient here. A smaller lambda forgets
+what lies far behind k, bias for variance, since W takes later controls from v, which does not react
+to u_k; lambda = 0 is the first term alone. (Q(lambda) and Retrace, 1606.02647, sum the same
+residuals with lambda^(j-k-1).)
 
 Values age. After an optimizer step the other controls of a row would no longer be those it was
 simulated with, and since all controls of a plan are told the same, they correct one error fifty
@@ -283,7 +284,7 @@ def token_basis(token_values: Tensor, grid: Tensor, eos: int) -> Tensor:
 def later_values(
     choices: ChoiceValues, tokens: Tensor, expected: Tensor, credit_lambda: float
 ) -> Tensor:
-    """F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}), what a row did later, beyond what W says.
+    """F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1}): later choices of the policy, beyond v.
 
     tokens [N, C]; expected [N, C], the mean of values . basis under q, so e is level + expected;
     -> [N, C] float64. j ends at the choice that broke the format; after it F is 0. Nothing is

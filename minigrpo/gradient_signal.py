@@ -5,8 +5,9 @@ g_1 ... g_K are the gradients of K independent rollouts at the same weights, of 
     |g|^2  = mean over pairs of g_j . g_k                    unbiased; negative if there is none
     trace  = n (mean of |g_k|^2 - |g|^2)                     of the covariance of one completion
     needed = 0.49 / 0.51 trace / |g|^2                       n at which a rollout's cosine with the
-                                                             true gradient, sqrt(cosine), is 0.7
-Completions of a group share prompt and mean, so the last two hold for the group size at hand.
+                                                             mean gradient, sqrt(cosine), is 0.7
+Completions of a group share prompt and mean, so the last two hold for the group size at hand. The
+mean is the estimator's own: with credit for choices and lambda < 1 not quite that of E[R].
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ def signal_table(signal: GradientSignal) -> str:
         (f"cosine between {what}", cosine),
         ("|gradient|^2", f"{signal.squared_norm:.2e}"),
         ("trace of the covariance of one completion", f"{signal.trace:.2e}"),
-        (f"completions for {WANTED_COSINE} with the true one", f"{signal.completions_needed:,.0f}"),
+        (f"completions for {WANTED_COSINE} with their mean", f"{signal.completions_needed:,.0f}"),
     )
     table = "\n".join(f"  {name:60s} {value}" for name, value in rows)
     return (
-        f"{table}\nA cosine near 0 (within two errors) is no usable signal: change start, "
-        "temperature or batch before a long run; it is a gate, not a ruler: above 0.05 it ranks "
-        "nothing."
+        f"{table}\nCompare the last number with the completions of the whole run: many small steps "
+        "average noise as one large batch does. If it is not far below, or the cosine within two "
+        "errors of 0, change start or temperature before a long run. It is a gate, not a ruler."
     )

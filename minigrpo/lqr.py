@@ -4,7 +4,7 @@ cost = sum_{k<T} (x_k' Q x_k + R u_k^2) + terminal x_T' Q x_T,   Q = diag(positi
 u_k = -K x_k, saturated
 
 No factor 1/2 and no factor dt. One gain for all steps: against the time-varying gains of the finite
-horizon it costs at most 4e-5 more over the default 5 s, and 9 % more over 1 s.
+horizon it costs at most 4e-5 more over the default 5 s; over 1 s 9 % more in all, at most 12 %.
 """
 
 from dataclasses import dataclass

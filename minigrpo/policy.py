@@ -8,8 +8,8 @@
 
 Tokens are drawn from q, and the support is stored. Current, old and reference log-probs are log q
 over the *stored* support (keep mask, DeepSeek-V3.2, 2512.02556), so the gradient is that of the
-policy that acted: with log-probs over the whole vocabulary the mean ratio is not 1 and the gradient
-points elsewhere (tests/test_policy.py measures both).
+policy that acted, supports held: with log-probs over the whole vocabulary the mean ratio is not 1
+and the gradient points elsewhere (tests/test_policy.py measures both).
 
 N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids, -1 is filler.
 """

@@ -149,7 +149,7 @@ def test_the_command_measures_fresh_rollouts_and_writes_nothing(
     expected = gradient_signal(four, 40)
     assert signal_table(expected) in table
     assert f"{expected.cosine:.3f} +- {expected.standard_error:.3f}" in table
-    assert "gradients of 4 rollouts of 40 completions" in table and "near 0" in table
+    assert "gradients of 4 rollouts of 40 completions" in table and "errors of 0" in table
 
 
 def test_gradients_are_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
