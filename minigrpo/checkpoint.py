@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minigrpo.config import PRESETS, GRPOConfig, Resolved, SFTConfig, Value
 from minigrpo.data import SFTBatch, Task, make_task
-from minigrpo.distributed import cut_like, from_rank_zero, rank, whole
+from minigrpo.distributed import collected, cut_like, from_rank_zero, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.hugging_face import load_shape, load_transformer, save_tensors, save_transformer
 from minigrpo.lora import adapters, merged_weights
@@ -188,7 +188,7 @@ def publish_model(
     The weights come last, by one rename, and carry the step and the score that they stand for. The
     files beside them don't change during a run.
     """
-    weights = _plain_weights(model)
+    weights = collected(merged_weights(model))
     draft = folder / "publish.tmp"
 
     def write() -> None:
@@ -242,9 +242,9 @@ def save_checkpoint(
     `base` is the `base_digest` of the frozen model that the run must find again: the KL reference,
     or, with adapters, the model itself. OSError: a full disk, say; what was saved before is intact.
     """
-    weights, trained = _plain_weights(model), _full_moments(model, optimizer)
-    own = adapters(model)
-    trained |= {f"{ADAPTER}{name}": whole(value).detach().cpu() for name, value in own.items()}
+    own = [(f"{ADAPTER}{name}", value) for name, value in adapters(model).items()]
+    weights, trained = collected(merged_weights(model)), collected(own)
+    trained |= collected(_moments(model, optimizer))
     described = {} if base is None else {"base": base}
     final = run_folder / "checkpoints" / f"step-{step:06d}"
     draft, replaced = final.with_suffix(".tmp"), final.with_suffix(".old.tmp")
@@ -422,18 +422,12 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
 
 
-def _plain_weights(model: Transformer) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in merged_weights(model).items()}
-
-
-def _full_moments(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
+def _moments(model: Transformer, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """AdamW's tensors as `exp_avg.blocks.0...`; none before the first step."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{kind}.{names[parameter]}": whole(state[kind]).detach().cpu()
-        for parameter, state in optimizer.state.items()
-        for kind in MOMENTS
-    }
+    for parameter, state in optimizer.state.items():
+        for kind in MOMENTS:
+            yield f"{kind}.{names[parameter]}", state[kind]
 
 
 def _write_model(

@@ -116,6 +116,8 @@ def place_model(
         return
     size = local_world_size()
     mesh = init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("n", "r"))
+    if size == world_size():  # one node has no other to add its gradients to
+        mesh = mesh["r"]
     for part in (*blocks, model):  # a block is moved whole, then cut: no rank ever holds the model
         fully_shard(part, mesh=mesh)
 
@@ -139,6 +141,19 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def whole(value: Tensor) -> Tensor:
     """A parameter or its moment in full, on every rank."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def collected(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in full, in the memory of rank 0's host; other ranks help and keep none.
+
+    One after the other, so that no GPU holds all of them.
+    """
+    kept = {}
+    for name, value in named:
+        full = whole(value.detach())
+        if rank() == 0:
+            kept[name] = full.cpu()
+    return kept
 
 
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -108,11 +108,12 @@ def adapters_off(model: Transformer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights of a plain model that computes the same; a plain model's own."""
-    state = model.state_dict()
-    weights = {name: whole(v).detach() for name, v in state.items() if ".lora_" not in name}
-    for name, layer in model.named_modules():
-        if isinstance(layer, AdaptedLinear):
-            weights[f"{name}.weight"] = layer.merged()
-    return weights
+def merged_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a plain model that computes the same, one by one; a plain model's own."""
+    layers = dict(model.named_modules())
+    for name, value in model.state_dict().items():
+        layer = layers[name.rpartition(".")[0]]
+        if isinstance(layer, AdaptedLinear) and name.endswith(".weight"):
+            yield name, layer.merged()
+        elif ".lora_" not in name:
+            yield name, value

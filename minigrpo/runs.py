@@ -438,8 +438,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def _cluster_variables() -> dict[str, str]:
-    """SLURM_* and NCCL_*, never the whole environment: it holds tokens. SLURM_JWT is one."""
-    names = [name for name in sorted(os.environ) if name.startswith(("SLURM_", "NCCL_"))]
+    """SLURM_*, NCCL_*, MASTER_*; never the whole environment: it holds tokens. SLURM_JWT is one."""
+    wanted = ("SLURM_", "NCCL_", "MASTER_")
+    names = [name for name in sorted(os.environ) if name.startswith(wanted)]
     return {name: os.environ[name] for name in names if name != "SLURM_JWT"}
 
 

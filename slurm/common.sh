@@ -30,6 +30,11 @@ port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 threads=$((SLURM_CPUS_ON_NODE / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+if ((threads == 0)); then
+    echo "warning: $nproc ranks share $SLURM_CPUS_ON_NODE CPU(s): sbatch --cpus-per-gpu=8" >&2
+fi
+# After SIGTERM torchrun would kill ranks that are still saving after 30 s, whatever Slurm grants.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
@@ -40,7 +45,11 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
 fi
 
 ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a container, is env.sh's
-    srun --kill-on-bad-exit=1 ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} torchrun \
+    # Ranks meet at the address that torchrun has for its own node; left alone it takes the full
+    # name of the host, which may be localhost. bash runs on each node, where the name is known.
+    # shellcheck disable=SC2016
+    srun --kill-on-bad-exit=1 bash -c 'PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-$SLURMD_NODENAME} exec "$@"' \
+        torchrun ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} torchrun \
         --nnodes="$SLURM_NNODES" --nproc-per-node="$nproc" --rdzv-backend=c10d \
         --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
 }

@@ -35,6 +35,7 @@ from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
     any_rank,
     check_equal_weights,
+    collected,
     gather_rows,
     gathered,
     gradient_norm,
@@ -281,7 +282,8 @@ def test_copies_of_the_weights_that_differ_by_a_bit_are_an_error_on_every_rank()
 
 
 def held_numbers() -> list[int]:
-    """How many numbers of the model this rank holds: at first, while sampling, afterwards."""
+    """How many numbers of the model this rank holds: at first, while sampling, afterwards, and in
+    the host's memory when the model is saved."""
     with process_group("cpu") as device:
         model = make_model()
         place_model(model, model.blocks, device, "fsdp")
@@ -293,16 +295,18 @@ def held_numbers() -> list[int]:
         counts = [count()]
         with gathered(model):
             counts.append(count())
-        return [*counts, count()]
+        saved = collected(model.state_dict().items())
+        return [*counts, count(), sum(value.numel() for value in saved.values())]
 
 
 def test_a_sharded_model_is_whole_only_while_sampling() -> None:
     full = make_model().num_parameters()
-    assert run_ranks(1, held_numbers) == [[full] * 3]  # nobody to share with
+    assert run_ranks(1, held_numbers) == [[full] * 4]  # nobody to share with
     held = run_ranks(2, held_numbers)
     assert [counts[1] for counts in held] == [full, full]
     assert sum(counts[0] for counts in held) == full and max(held)[0] < 0.6 * full
     assert [counts[2] for counts in held] == [counts[0] for counts in held]
+    assert [counts[3] for counts in held] == [full, 0]
 
 
 def supervised_steps(config: SFTConfig) -> dict[str, object]:

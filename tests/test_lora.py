@@ -86,7 +86,7 @@ def test_at_the_start_the_model_is_the_base_bit_for_bit() -> None:
 def test_adapters_compute_what_the_merged_weights_compute(kind: str, targets: str) -> None:
     shape = replace(SHAPE, model_type=kind, tied_head=kind == "llama")
     base, model = a_model(shape), adapted(a_model(shape), targets)
-    weights = merged_weights(model)
+    weights = dict(merged_weights(model))
     assert weights.keys() == base.state_dict().keys()
     got = model(TOKENS, None, None, logits)
     assert torch.allclose(
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_full_weights_by_the_chain_rule() -> None:
     """W + s B A: dL/dA = s B' dL/dW, dL/dB = s dL/dW A'."""
     model = adapted(a_model())
     loss_of(model).backward()
-    full = plain(merged_weights(model))
+    full = plain(dict(merged_weights(model)))
     loss_of(full).backward()
     scale, num_checked = ALPHA / RANK, 0
     for path, layer in model.named_modules():

@@ -36,7 +36,7 @@ PROGRAMS: dict[str, type[Settings]] = {
 BENCHMARKS = ("bench.py", "study.py")
 # Of other programs: torchrun, sbatch, pip.
 FOREIGN_FLAGS = {
-    "--nproc-per-node", "--standalone", "--account", "--nodes", "--gpus-per-node", "--array",
+    "--nproc-per-node", "--standalone", "--account", "--nodes", "--gpus-per-node", "--cpus-per-gpu", "--cpus-per-task", "--array",
     "--output", "--signal", "--dry-run",
 }  # fmt: skip
 

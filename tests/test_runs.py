@@ -516,7 +516,7 @@ def test_each_attempt_has_a_record_of_its_own(
 ) -> None:
     variables = {
         "SLURM_JOB_ID": "18", "SLURM_RESTART_COUNT": "2", "SLURM_NNODES": "4", "NCCL_DEBUG": "WARN",
-        "SLURM_JWT": "secret", "HF_TOKEN": "secret",
+        "MASTER_ADDR": "node9", "SLURM_JWT": "secret", "HF_TOKEN": "secret",
     }  # fmt: skip
     for attempt in range(2):
         with open_run(tmp_path, overwrite=False, resume=True) as run:
@@ -534,7 +534,7 @@ def test_each_attempt_has_a_record_of_its_own(
     again, requeued = (json.loads((path / "attempt.json").read_text()) for path in of_job)
     assert (requeued["config"], again["config"]) == ({"steps": 1}, {"steps": 2})
     shown = {"SLURM_JOB_ID": "18", "SLURM_NNODES": "4", "SLURM_RESTART_COUNT": "2"}
-    assert requeued["environment"] == {**shown, "NCCL_DEBUG": "WARN"}
+    assert requeued["environment"] == {**shown, "NCCL_DEBUG": "WARN", "MASTER_ADDR": "node9"}
     assert not any(b"secret" in text for text in contents(tmp_path).values())
 
 
