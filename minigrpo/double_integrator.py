@@ -78,7 +78,8 @@ class DoubleIntegrator:
         """A x + B u, the only dynamics there are, written into `following`.
 
         (position [N], velocity [N]) and saturated controls [N]; unbound, since each look-up of a
-        row costs as much as adding a few thousand numbers.
+        row costs as much as adding a few thousand numbers. `following` may be `state` itself: what
+        the next velocity needs is not overwritten before it is made.
         """
         position, velocity = state
         torch.add(position, velocity, alpha=self.dt, out=following[0])

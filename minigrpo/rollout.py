@@ -34,7 +34,7 @@ from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, pad_id, token_values
 from minigrpo.transformer import Transformer
 
-CompletionRecord = dict[str, str | bool | float | dict[str, float]]
+CompletionRecord = dict[str, str | bool | float | list[float] | dict[str, float]]
 SampleRecord = dict[str, str | list[CompletionRecord]]
 
 
@@ -283,7 +283,13 @@ def choices_of(
     is_whole = plans.num_written.cpu() > task.plant.horizon
     if not torch.equal(is_whole, experience.parsed.is_valid):
         raise ValueError("tokens and text must agree on what is well-formed: one token a control")
-    return choice_simulator(vocab_size, task, reward, tokens.device)(plans, tokens.shape[1])
+    choices = choice_simulator(vocab_size, task, reward, tokens.device)(plans, tokens.shape[1])
+    if bool(is_whole.any()):
+        # The median, since steps of a reward may fall otherwise where a device rounds otherwise.
+        at_end = choices.level.cpu()[is_whole, task.plant.horizon]
+        if (at_end - experience.rewards.total[is_whole]).abs().median() > 1e-3:
+            raise ValueError("credit must be completion where rewards are not the simulator's")
+    return choices
 
 
 def choice_simulator(
@@ -330,20 +336,16 @@ def sample_records(
 ) -> list[SampleRecord]:
     """This rank's first two prompts with all that was made of them: for samples.jsonl.
 
-    With credit for choices a row has no advantage of its own; then it is what `group_advantages`
-    makes of the rewards.
+    With credit for choices a row has an advantage for each token, of what came after it.
     """
-    size, advantages = rollout.group_size, rollout.advantages
-    if rollout.choices is not None:
-        advantages = group_advantages(rollout.rewards, size, "group")
-    components = experience.rewards.components
+    size, components = rollout.group_size, experience.rewards.components
     shown: list[CompletionRecord] = [
         {
             "text": experience.texts[n],
             "is_valid": bool(experience.parsed.is_valid[n]),
             "reward": float(rollout.rewards[n]),
             "components": {name: float(value[n]) for name, value in components.items()},
-            "advantage": float(advantages[n]),
+            "advantage": rollout.advantages[n].tolist(),
         }
         for n in range(min(2 * size, len(rollout.rewards)))
     ]

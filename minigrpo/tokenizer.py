@@ -97,7 +97,10 @@ def encode_prompt(
     """Ids of the prompt for one initial state [2]: plain text, or the chat template for `words`."""
     text = prompt_text(state, plant, codec)
     if codec.style == "numbers":
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+        if tokenizer.unk_token_id in ids:  # starts would look alike
+            raise ValueError(f"the tokenizer must know every word of {text!r}")
+        return ids
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(f"{system_text(plant, codec)}\n{text}\n"))
     messages = [

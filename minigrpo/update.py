@@ -219,7 +219,10 @@ def warnings_of(
     if truncated > 0.05:
         found.append(f"{truncated:.0%} of the completions never stopped: train SFT longer")
     if valid < 0.5:
-        found.append(f"only {valid:.0%} of the completions are valid: train SFT longer")
+        found.append(
+            f"only {valid:.0%} of the completions are valid: train SFT longer, or, if they were, "
+            "see that valid text earns more than malformed"
+        )
     if metrics["update/grad_norm"] == 0:
         found.append("the gradient is exactly 0: AdamW only goes on as before")
     return [f"WARNING step {step + 1}: {line}" for line in found]

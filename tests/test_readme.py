@@ -36,8 +36,8 @@ PROGRAMS: dict[str, type[Settings]] = {
 BENCHMARKS = ("bench.py", "study.py")
 # Of other programs: torchrun, sbatch, pip.
 FOREIGN_FLAGS = {
-    "--nproc-per-node", "--standalone", "--account", "--nodes", "--gpus-per-node", "--cpus-per-gpu", "--cpus-per-task", "--array",
-    "--output", "--signal", "--dry-run",
+    "--nproc-per-node", "--standalone", "--account", "--nodes", "--gpus-per-node", "--array",
+    "--cpus-per-gpu", "--cpus-per-task", "--output", "--signal", "--dry-run",
 }  # fmt: skip
 
 

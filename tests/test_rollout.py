@@ -520,10 +520,17 @@ def test_choices_without_credit_for_each_token_and_texts_of_other_tokens_are_ref
         choices_of(replace(experience, parsed=parsed), VOCAB, TASK, config, final_distance)
 
 
-def test_a_sample_with_choices_shows_what_its_reward_is_worth_in_its_group() -> None:
+def test_a_sample_with_choices_shows_the_advantage_of_each_token() -> None:
     rollout, experience = rolled(replace(CONFIG, credit="choice", advantage_std="batch"))
     (record,) = sample_records(chosen_prompts([0]), experience, rollout)
-    rewards = rollout.rewards[:3]
-    wanted = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     shown = [one["advantage"] for one in record["completions"]]
-    assert shown == pytest.approx(wanted.tolist())
+    assert shown == rollout.advantages[:3].tolist() and rollout.advantages[:3].any()
+
+
+def test_choices_are_refused_where_rewards_are_not_of_the_simulator() -> None:
+    config = replace(CONFIG, credit="choice", advantage_std="batch")
+    _, experience = rolled(config)
+    choices_of(experience, VOCAB, TASK, config, final_distance)
+    rewards = replace(experience.rewards, total=experience.rewards.total + 0.01)
+    with pytest.raises(ValueError, match=r"^credit must be completion where rewards are not"):
+        choices_of(replace(experience, rewards=rewards), VOCAB, TASK, config, final_distance)

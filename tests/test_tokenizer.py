@@ -86,11 +86,19 @@ def test_every_number_of_the_grid_is_one_token_and_comes_back():
     assert NUMBER_TOKENIZER.unk_token_id not in {row[0] for row in ids}
 
 
+def test_a_prompt_with_a_word_that_is_no_token_is_refused():
+    """Two such starts would be one to the model."""
+    with pytest.raises(ValueError, match=r"^the tokenizer must know every word of 'position -0.8 "):
+        encode_prompt(
+            NUMBER_TOKENIZER, -STARTS[0].sign() * 0.8, DoubleIntegrator(start_decimals=1), NUMBERS
+        )
+
+
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_prompt_lengths_are_those_of_all_prompts(is_chat):
     """To the chat tokenizer one number is a single token, so its prompts are not equally long."""
     plant = DoubleIntegrator(start_decimals=1)
-    tokenizer, codec = NUMBER_TOKENIZER, NUMBERS
+    tokenizer, codec = number_tokenizer(plant, NUMBERS), NUMBERS
     if is_chat:
         tokenizer, codec = chat_tokenizer(), WORDS
         tokenizer.add_tokens(["+0.5"])
