@@ -93,6 +93,15 @@ def test_the_gradient_by_hand_is_that_of_autograd_and_keeps_the_dtype(
         assert torch.allclose(ours.float(), plain.float(), rtol=4 * step, atol=8 * step)
 
 
+def test_a_norm_of_bfloat16_rounds_its_result_alone() -> None:
+    x, weight = numbers(7, 61).bfloat16(), numbers(61, seed=1).bfloat16()
+    wide = x.double()
+    exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    with torch.no_grad():
+        got = rms_norm(x, weight, 1e-6)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, exact.bfloat16())
+
+
 def test_without_gradients_the_formulas_are_the_same() -> None:
     x, weight, (cos, sin) = numbers(2, 3, 5, 8), numbers(8, seed=1), rotation(5, 8)
     x.requires_grad_()
