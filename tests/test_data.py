@@ -50,6 +50,12 @@ def test_the_split_depends_on_nothing_but_the_grid():
         assert torch.equal(getattr(again, name), getattr(SPLIT, name))
 
 
+def test_the_split_is_that_of_all_published_results():
+    """Another one would evaluate models on starts that they were trained on."""
+    assert SPLIT.test[:2].tolist() == [[0.14, 0.48], [-0.3, 0.32]]
+    assert SPLIT.validation[:2].tolist() == [[-0.01, -0.53], [-0.04, -0.45]]
+
+
 def test_a_prefix_of_each_part_is_spread_over_the_whole_square():
     for part in (SPLIT.test, SPLIT.validation, SPLIT.training):
         quadrants = (part[:512] > 0).int() @ torch.tensor([2, 1], dtype=torch.int32)
