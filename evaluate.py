@@ -8,6 +8,7 @@ save_dir gets evaluation.json (every number), cases.csv (every start, to compute
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluation_folder(model_path: Path) -> Path:
     """Of a checkpoint, which its run will delete, that is in the folder of the run."""
     model = model_path.resolve()
-    if model.parent.name == "checkpoints":
+    if model.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", model.name):
         return model.parents[1] / "evaluation" / model.name
     return model_path / "evaluation"
 

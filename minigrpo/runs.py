@@ -220,7 +220,7 @@ def _is_alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number so large
         return False
     except PermissionError:  # it is somebody else's
         return True
@@ -438,8 +438,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def _cluster_variables() -> dict[str, str]:
-    """SLURM_*, NCCL_*, MASTER_*; never the whole environment: it holds tokens. SLURM_JWT is one."""
-    wanted = ("SLURM_", "NCCL_", "MASTER_")
+    """Slurm's, NCCL's and torchrun's; never the whole environment: it holds tokens. SLURM_JWT is
+    one."""
+    wanted = ("SLURM_", "NCCL_", "MASTER_", "PET_")
     names = [name for name in sorted(os.environ) if name.startswith(wanted)]
     return {name: os.environ[name] for name in names if name != "SLURM_JWT"}
 

@@ -48,8 +48,8 @@ ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a 
     # Ranks meet at the address that torchrun has for its own node; left alone it takes the full
     # name of the host, which may be localhost. bash runs on each node, where the name is known.
     # shellcheck disable=SC2016
-    srun --kill-on-bad-exit=1 bash -c 'PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-$SLURMD_NODENAME} exec "$@"' \
-        torchrun ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} torchrun \
+    srun --kill-on-bad-exit=1 ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} \
+        bash -c 'PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-$SLURMD_NODENAME} exec "$@"' ranks torchrun \
         --nnodes="$SLURM_NNODES" --nproc-per-node="$nproc" --rdzv-backend=c10d \
         --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
 }

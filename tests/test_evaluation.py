@@ -675,6 +675,8 @@ def test_an_evaluation_of_a_checkpoint_outlives_it(folders, tmp_path, monkeypatc
     evaluate.main(["--model-path", model.name, "--device=cpu", "--num-cases=9", "--skip-mpc"])
     assert not (model / "evaluation").exists()
     assert (tmp_path / "run/evaluation/step-000020/evaluation.json").is_file()
+    named = tmp_path / "checkpoints/sft"  # a run that lies in a folder of that name
+    assert evaluate.evaluation_folder(named) == named / "evaluation"
 
 
 def test_pictures_of_an_evaluation_that_is_replaced_go_and_numbers_do_not_wait_for_new_ones(
