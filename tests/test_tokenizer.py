@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minigrpo.data import Task, demonstrations, make_prompts, prompt_lengths
+from minigrpo.data import Task, demonstrations, make_prompts, make_task, prompt_lengths
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.hugging_face import save_transformer
 from minigrpo.lqr import QuadraticCost, lqr_controls
@@ -84,6 +84,15 @@ def test_every_number_of_the_grid_is_one_token_and_comes_back():
     parsed = parse_controls([text], torch.tensor([True]), DoubleIntegrator(horizon=1), NUMBERS)
     assert text == unused[0] + " 0.10" and not parsed.is_valid.item()  # seen, so malformed
     assert NUMBER_TOKENIZER.unk_token_id not in {row[0] for row in ids}
+
+
+def test_a_completion_may_be_a_tenth_longer_where_a_number_is_several_tokens():
+    plan, words = torch.linspace(-3, -1, 50), chat_tokenizer()
+    length = len(encode_completion(words, plan, WORDS))
+    task = make_task(DoubleIntegrator(), QuadraticCost(), WORDS, words)
+    assert length > 100 and task.max_completion_length == length + length // 10
+    task = make_task(DoubleIntegrator(), QuadraticCost(), NUMBERS, NUMBER_TOKENIZER)
+    assert task.max_completion_length == 51
 
 
 def test_a_prompt_with_a_word_that_is_no_token_is_refused():
