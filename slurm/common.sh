@@ -34,6 +34,7 @@ if ((threads == 0)); then
     echo "warning: $nproc ranks share $SLURM_CPUS_ON_NODE CPU(s): sbatch --cpus-per-gpu=8" >&2
 fi
 # After SIGTERM torchrun would kill ranks that are still saving after 30 s, whatever Slurm grants.
+# torch 2.11 does in any case.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
