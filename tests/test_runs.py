@@ -312,6 +312,12 @@ def test_an_error_cannot_command_a_terminal_or_fill_a_log(
     assert shown.count("\n") == 1 and len(shown) < 2100
 
 
+def test_a_lock_of_a_number_that_no_process_has_is_taken_over(tmp_path: Path) -> None:
+    write_lock(tmp_path, 10**30, HOST, "")
+    with open_run(tmp_path, overwrite=False, resume=True):
+        assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"job": "", "pid": "me", "host": "here"}'])
 def test_a_lock_without_an_owner_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "LOCK").write_text(text)
