@@ -286,13 +286,24 @@ def test_a_special_token_inside_a_completion_spoils_it(style):
 
 def test_a_row_that_was_cut_off_keeps_its_last_token_and_an_empty_one_is_empty():
     five, eos = NUMBER_TOKENIZER.encode("1.20 -0.35 0.00 2.99 -3.00"), NUMBER_TOKENIZER.eos_token_id
-    tokens = torch.tensor([five, [*five[:2], eos, eos, eos], [eos] * 5])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    tokens = torch.tensor([five, [*five[:2], eos, eos, eos], [eos] * 5, [*five[:4], eos]])
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1], [0]])
     assert decode_completions(NUMBER_TOKENIZER, tokens, mask) == [
         "1.20 -0.35 0.00 2.99 -3.00",
         "1.20 -0.35",
         "",
+        "",
     ]
+
+
+def test_spaces_stay_where_the_model_wrote_them():
+    """What transformers calls cleaning up would make one number, 1.25, of these two words."""
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "1": 1, ".25": 2}, unk_token="<eos>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", clean_up_tokenization_spaces=True
+    )
+    tokens = torch.tensor([[1, 2, 0]])
+    assert decode_completions(tokenizer, tokens, torch.ones(1, 3).bool()) == ["1 .25"]
 
 
 def test_pad_falls_back_to_eos():
