@@ -75,6 +75,14 @@ def test_equal_gradients_have_cosine_1_and_no_noise() -> None:
     assert (signal.num_rollouts, signal.num_completions) == (5, COMPLETIONS)
 
 
+def test_the_unit_of_the_reward_changes_neither_cosine_nor_completions() -> None:
+    gradients, *_ = made_up(5, 60.0, seed=1)
+    signal, small = (gradient_signal(g, COMPLETIONS) for g in (gradients, gradients / 1024))
+    assert 0 < small.squared_norm < 1e-2 and small.completions_needed < math.inf
+    for name in ("cosine", "standard_error", "completions_needed"):
+        assert getattr(small, name) == pytest.approx(getattr(signal, name), rel=1e-9), name
+
+
 def test_gradients_of_zero_have_no_signal() -> None:
     """Every group may have had equal rewards."""
     signal = gradient_signal(torch.zeros(4, 7), COMPLETIONS)
