@@ -433,6 +433,31 @@ def test_a_grpo_run_is_the_same_on_any_number_of_ranks(
         assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-5), name
 
 
+def measurement_of_run(flags: list[str]) -> tuple[list[Tensor], str]:
+    """The gradients that this rank has measured, and what it prints."""
+    measure, found = train_grpo.rollout_gradient, []
+
+    def spy(*arguments: object) -> Tensor:
+        found.append(measure(*arguments))  # type: ignore[arg-type]
+        return found[-1]
+
+    train_grpo.rollout_gradient = spy  # type: ignore[assignment]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_grpo.main(flags)
+    return found, printed.getvalue()
+
+
+def test_a_measured_signal_is_the_same_on_any_number_of_ranks(supervised: Path) -> None:
+    flags = [*GRPO_FLAGS, "--init", str(supervised), "--measure-signal", "3"]
+    ((alone, table),) = run_ranks(1, measurement_of_run, flags)
+    first, second = run_ranks(2, measurement_of_run, flags)
+    assert len(alone) == 3 and "gradients of 3 rollouts of 18 completions" in table
+    assert "gradients of 3 rollouts of 18 completions" in first[1] and not second[1]
+    for gradients, _ in (first, second):
+        for got, wanted in zip(gradients, alone, strict=True):
+            assert torch.allclose(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
 def rounds_otherwise_on_one_rank(flags: list[str]) -> None:
     """As a node with other kernels might: the last bit of the mean reward differs."""
     measure, times = training.validation_metrics, itertools.count()
