@@ -25,6 +25,7 @@ import train_grpo
 import train_sft
 from minigrpo import runs, training
 from minigrpo.checkpoint import published
+from minigrpo.config import SFTConfig
 from minigrpo.data import split_starts
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.runs import (
@@ -809,6 +810,17 @@ def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def test_a_run_computes_products_in_the_precision_that_it_was_told(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for wanted in ("highest", "high"):
+            config = SFTConfig(save_dir=str(tmp_path / wanted), matmul_precision=wanted)
+            with training.opened(config, CPU):
+                assert torch.get_float32_matmul_precision() == wanted
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(60.0, "bfloat16 take 60 times"), (2.9, None)])
 def test_bfloat16_in_software_is_warned_of(
     seconds: float, said: str | None, monkeypatch: pytest.MonkeyPatch
@@ -903,9 +915,9 @@ def test_a_run_that_never_improved_says_that_it_publishes_its_start(
     init = str(untrained_checkpoint(tmp_path / "init"))
     train_grpo.main([*flags.split(), "--init", init, "--save-dir", str(tmp_path / "run")])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("that is the model it started from") == is_told
-    if not is_told:
-        assert last == f"best validation reward 1.50 at step 1, published in {tmp_path / 'run'}"
+    told = "that is the model it started from: no trained one was better in validation"
+    better = f"best validation reward 1.50 at step 1, published in {tmp_path / 'run'}"
+    assert last == (told if is_told else better)
 
 
 def test_a_step_of_grpo_is_announced_warned_of_and_timed(
@@ -1004,18 +1016,20 @@ def test_what_ends_a_run_early_is_evaluated_before_it_is_finished(
 ) -> None:
     init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
     flags = [*FEW.split(), "--eval-every=9", "--init", str(init), "--save-dir", str(folder)]
-    train_grpo.main([*flags, "--steps=9", "--stop-after-minutes=1e-9"])
-    assert capsys.readouterr().out.endswith("started from: no other was evaluated\n")
-    assert (folder / "STATUS").read_text() == "stopped\n"
-    before = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert "eval/greedy_reward" not in before[-1]
-    samples = (folder / "samples.jsonl").read_bytes()
-    train_grpo.main([*flags, "--resume", "--steps=1"])
-    assert (folder / "STATUS").read_text() == "finished\n"
-    after = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert after[0] == before[0] and len(after) == len(before) == 2
-    assert "eval/greedy_reward" in after[1] and after[1] | before[1] == after[1]
-    assert (folder / "samples.jsonl").read_bytes() == samples
+    for last in (1, 2):  # the second time there are steps before it, and they were evaluated
+        train_grpo.main([*flags, "--resume", "--steps=9", "--stop-after-minutes=1e-9"])
+        if last == 1:
+            assert capsys.readouterr().out.endswith("started from: no other was evaluated\n")
+        assert (folder / "STATUS").read_text() == "stopped\n"
+        before = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert "eval/greedy_reward" not in before[last]
+        samples = (folder / "samples.jsonl").read_bytes()
+        train_grpo.main([*flags, "--resume", f"--steps={last}"])
+        assert (folder / "STATUS").read_text() == "finished\n"
+        after = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert after[:last] == before[:last] and len(after) == len(before) == last + 1
+        assert "eval/greedy_reward" in after[last] and after[last] | before[last] == after[last]
+        assert (folder / "samples.jsonl").read_bytes() == samples
 
 
 def test_a_run_finds_its_start_from_another_folder(
@@ -1032,6 +1046,44 @@ def test_a_run_finds_its_start_from_another_folder(
     train_grpo.main([*resumed, "--init=../init"])
     assert steps_of(Path("run/metrics.jsonl")) == [0, 1, 2]
     assert sorted({*steps_of(Path("run/samples.jsonl"))}) == [1, 2]
+
+
+def test_a_resumed_run_is_shown_from_the_step_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Progress bar and TensorBoard know it from `start`, which has -1 for a new run."""
+    begun: list[tuple[int, int]] = []
+    start = RunFolder.start
+
+    def watched(run: RunFolder, step: int, num_steps: int) -> None:
+        begun.append((step, num_steps))
+        start(run, step, num_steps)
+
+    monkeypatch.setattr(RunFolder, "start", watched)
+    init = str(untrained_checkpoint(tmp_path / "init"))
+    flags = [*FEW.split(), "--init", init, "--save-dir", str(tmp_path / "run"), "--resume"]
+    for steps in ("1", "3"):
+        train_grpo.main([*flags, "--steps", steps])
+    assert begun == [(-1, 1), (1, 3)]
+    shown = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    expected = ["step 0/1", "step 1/1", "step 2/3", "step 3/3"]
+    assert [line for line in shown if line.startswith("step ")] == expected
+
+
+@pytest.mark.parametrize(("every", "expected"), [("0", []), ("2", [2, 4])])
+def test_weights_of_ranks_are_compared_as_often_as_was_told(
+    every: str, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def compare(model: object) -> None:
+        compared.append(steps_of(tmp_path / "run" / "metrics.jsonl")[-1])
+
+    monkeypatch.setattr(training, "check_equal_weights", compare)
+    flags = "--device cpu --horizon 2 --width 8 --num-heads 1 --num-demonstrations 4 --eval-cases 8"
+    told = ["--steps=5", "--sync-check", every, "--save-dir", str(tmp_path / "run")]
+    train_sft.main([*flags.split(), *told])
+    assert compared == expected
 
 
 def test_supervised_training_counts_the_demonstrations_it_has(
