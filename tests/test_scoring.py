@@ -148,6 +148,23 @@ def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positi
         assert torch.allclose(whole, chunked, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("rows, width", [(7, 3), (7, 31), (19, 3), (19, 31)])
+@pytest.mark.parametrize("most, expected", [(4, [4, 4, 4, 1]), (6, [5, 5, 3]), (13, [13])])
+def test_chunks_are_as_few_and_as_equal_as_the_limit_allows(
+    rows, width, most, expected, monkeypatch
+):
+    """Whether rows, positions or the width are most."""
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", rows * most * 5 + 4)  # of 5 words
+    found = []
+
+    def watched(z: torch.Tensor) -> tuple[torch.Tensor]:
+        found.append(z.shape[1])
+        return (z.sum(dim=-1),)
+
+    scoring.in_chunks(watched, torch.ones(rows, 13, width), torch.ones(5, width))
+    assert found == expected
+
+
 def test_gradients_of_chunks_add_up_in_float32(monkeypatch):
     """512 equal chunks in bfloat16: a sum that is rounded to 8 bits at every addend stops short."""
     hidden = torch.ones(1, 512, 4)
