@@ -11,6 +11,7 @@ What is written is written beside its place, synced, then renamed: the rename ma
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -468,6 +469,10 @@ def _sync(*paths: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            # There are file systems that sync files alone and answer so for a folder.
+            if error.errno != errno.EINVAL or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 

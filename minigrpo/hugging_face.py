@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TypeVar, get_type_hints
@@ -160,7 +161,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     Without tensors a file can only be read with some metadata.
     """
     save_file(tensors, path, metadata={"format": "pt", **metadata})
-    shutil.copymode(path.with_name("config.json"), path)
+    with suppress(PermissionError):  # of a file system that has one mode for all
+        shutil.copymode(path.with_name("config.json"), path)
 
 
 def find_pretrained(name: str) -> Path:

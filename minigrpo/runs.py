@@ -552,6 +552,8 @@ def run_command(main: Callable[[], None]) -> None:
     Training that diverged and a GPU without memory are one line too, with its advice, and status 1.
     What a mistake carries as notes follows, on one rank. `python -X dev` shows its traceback too.
     """
+    if os.name == "nt":  # it has no SIGUSR1 and syncs no folders
+        raise SystemExit("error: minigrpo runs on Linux and macOS, on Windows inside WSL")
     keep_freed_memory()
     try:
         main()

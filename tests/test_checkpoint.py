@@ -3,10 +3,12 @@
 A kill is an exception that nobody catches; cut files and a limit on their size are real.
 """
 
+import errno
 import json
 import os
 import resource
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -195,6 +197,40 @@ def test_what_gets_its_name_is_on_the_disk_before_and_the_name_after(
     assert synced[-2:] == [0, (tmp_path / "checkpoints").stat().st_ino]
     publish_model(tmp_path, make_model()[0], TASK, MANIFEST, 1, 1.0)
     assert synced[-2:] == [0, tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize(
+    ("number", "of_folders", "is_saved"),
+    [(errno.EINVAL, True, True), (errno.EINVAL, False, False), (errno.EIO, True, False)],
+)
+def test_a_file_system_that_cannot_sync_folders_is_good_enough_and_a_broken_one_is_not(
+    tmp_path: Path, number: int, of_folders: bool, is_saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, refused = os.fsync, []
+
+    def failing_sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folders:
+            refused.append(descriptor)
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing_sync)
+    if is_saved:
+        assert save(tmp_path, 1, *make_model()) == latest_checkpoint(tmp_path)
+    else:
+        with pytest.raises(OSError, match="could not be written"):
+            save(tmp_path, 1, *make_model())
+    assert refused
+
+
+def test_a_file_system_without_permissions_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, mode: int, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    assert save(tmp_path, 1, *make_model()) == latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [20_000, 45_000])  # the weights fail, the moments fail

@@ -741,6 +741,13 @@ def test_a_mistake_of_ours_is_a_traceback() -> None:
         run_command(main)
 
 
+def test_windows_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^error: .* WSL$"):
+        patch.setattr(runs.os, "name", "nt")
+        run_command(lambda: None)
+    run_command(lambda: None)
+
+
 def test_dev_mode_shows_where_a_users_mistake_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
         raise ValueError("theirs")
