@@ -51,8 +51,10 @@ smoke: venv
 	$(PY) evaluate.py --model-path $$dir/grpo --baseline $$dir/sft --num-cases 16 --mpc-cases 2; \
 	test -s $$dir/grpo/evaluation/evaluation.json; echo "smoke: SFT, GRPO, resume, evaluation: ok"
 
-# Two processes use two cores better than two threads of one; a GPU is used by one process.
-RANKS = $(if $(shell nvidia-smi -L 2>/dev/null),1,2)
+# Two processes use two cores better than two threads of one: so one a core, four at most (more than
+# two were not timed). A GPU is used by one process.
+CORES = $(shell getconf _NPROCESSORS_ONLN)
+RANKS = $(if $(shell nvidia-smi -L 2>/dev/null),1,$(firstword $(filter 1 2 3,$(CORES)) 4))
 LAUNCH = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS)
 demo: venv
 	$(LAUNCH) train_sft.py --save-dir $(DEMO)/sft --overwrite --seed $(SEED)
