@@ -252,7 +252,7 @@ def save_checkpoint(
 
     def write() -> None:
         for stale in final.parent.glob("*.tmp"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # see prune_checkpoints
         with _drafted(draft):
             _write_model(draft, weights, model, task, manifest, {"step": str(step)})
             save_tensors(trained, draft / "trainer.safetensors", described)
@@ -267,13 +267,17 @@ def save_checkpoint(
 
 
 def prune_checkpoints(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the newest; called on every rank, after the newest was saved."""
+    """Delete all but the newest; called on every rank, after the newest was saved.
+
+    On NFS a file that a process still reads, an evaluation perhaps, keeps its folder from being
+    deleted; a later save tries again.
+    """
 
     def delete() -> None:
         for path in _complete(run_folder)[:-keep_last]:
             doomed = path.with_suffix(".tmp")  # half deleted must not look complete
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     on_rank_zero(delete)
 
@@ -399,12 +403,16 @@ def base_digest(model: Transformer) -> str:
 def _optimizer_state(
     moments: dict[str, Tensor], model: Transformer, optimizer: Optimizer
 ) -> dict[str, object]:
-    """Moments by name -> the optimizer's own format, by position; of all parameters or of none."""
+    """Moments by name -> the optimizer's own format, by position; of all parameters or of none.
+
+    Copies, for the optimizer keeps what it is given, and a tensor of a file keeps the file open.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         place: {
-            kind: cut_like(moments[f"{kind}.{names[parameter]}"], parameter) for kind in MOMENTS
+            kind: cut_like(moments[f"{kind}.{names[parameter]}"], parameter).clone()
+            for kind in MOMENTS
         }
         for place, parameter in enumerate(trained if moments else [])
     }
@@ -454,7 +462,7 @@ def _write_model(
 def _drafted(folder: Path) -> Iterator[None]:
     """A new folder to write in, synced at the end; if writing fails it is removed."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
         _sync(*folder.rglob("*"), folder)

@@ -313,7 +313,7 @@ def test_a_kill_while_pruning_leaves_nothing_that_looks_complete(
     for step in (1, 2, 3):
         save(tmp_path, step, *make_model())
 
-    def kill(*arguments: object) -> None:
+    def kill(*arguments: object, **options: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -321,6 +321,44 @@ def test_a_kill_while_pruning_leaves_nothing_that_looks_complete(
         prune_checkpoints(tmp_path, 2)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-000001.tmp", "step-000002", "step-000003"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_yet_is_deleted_by_a_later_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that somebody still reads under another name, and with it the folder."""
+    model, optimizer = make_model()
+    for step in (1, 2, 3):
+        save(tmp_path, step, model, optimizer)
+    remove = os.rmdir
+
+    def refuse(path: str | Path, **options: int) -> None:
+        if Path(path).name == "step-000001.tmp":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        prune_checkpoints(tmp_path, 2)
+        save(tmp_path, 4, model, optimizer)
+        assert (tmp_path / "checkpoints" / "step-000001.tmp").is_dir()
+        save(tmp_path, 1, model, optimizer)  # a folder of this draft is still there
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000004"
+    (tmp_path / "checkpoints" / "step-000000.tmp").mkdir()
+    save(tmp_path, 5, model, optimizer)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"step-00000{step}" for step in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_a_resumed_run_keeps_no_file_of_its_checkpoint_open(tmp_path: Path) -> None:
+    model, optimizer = make_model()
+    train(model, optimizer, range(1))
+    folder = save(tmp_path, 1, model, optimizer)
+    other, other_optimizer = make_model(seed=1)
+    load_trainer(folder, other, other_optimizer, MANIFEST)
+    assert_same(everything(other, other_optimizer), everything(model, optimizer))
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
