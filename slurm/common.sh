@@ -56,7 +56,7 @@ ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a 
 }
 
 launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this job and go on there
-    local again=0 asked='' flag id=$SLURM_JOB_ID pid rc=0 written
+    local again=0 asked='' flag id=$SLURM_JOB_ID pid rc=0 status written
     for flag in "$@"; do
         case $flag in --save[-_]dir | --save[-_]dir=*)
             echo "error: set RUN_DIR=... before sbatch instead of --save-dir" >&2
@@ -88,8 +88,11 @@ launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this jo
         ((again)) || break
     done
     ((rc == 0)) || exit "$rc" # a bug must not loop
+    # Rank 0 may be on another node; NFS looks again at what it knows when it is opened, folder first.
+    ls "$RUN_DIR" > /dev/null
+    status=$(cat "$RUN_DIR/STATUS" 2> /dev/null || true)
     [[ $(stat -c %y "$RUN_DIR/STATUS" 2> /dev/null || true) != "$written" ]] || exit 1
-    case $(cat "$RUN_DIR/STATUS" 2> /dev/null || true) in
+    case $status in
         finished) exit 0 ;; # the only way to release afterok
         stopped)            # SIGTERM is scancel, or a preemption, after which Slurm requeues by itself
             if [[ $asked != TERM ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-20})); then
