@@ -407,13 +407,15 @@ def _optimizer_state(
 
     Copies, for the optimizer keeps what it is given, and a tensor of a file keeps the file open.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def moment(kind: str, parameter: Tensor) -> Tensor:
+        part = cut_like(moments[f"{kind}.{names[parameter]}"], parameter)
+        return part.to(parameter.device, copy=True)
+
     state = {
-        place: {
-            kind: cut_like(moments[f"{kind}.{names[parameter]}"], parameter).clone()
-            for kind in MOMENTS
-        }
+        place: {kind: moment(kind, parameter) for kind in MOMENTS}
         for place, parameter in enumerate(trained if moments else [])
     }
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
