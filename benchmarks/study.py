@@ -11,7 +11,8 @@ fixed_values/ are of credit for each control with earlier defaults, made again b
 commits ea77fbb and 5930634: in both values of choices stayed those of the rollout and every row of
 embedding and head learned alone, and in fixed_values/ the acting temperature was 1.25. steps_200/
 is of the study of commit bbf4c81: 200 steps, the rate falling over the last 100, 607 tokens.
-steps_160/ and seeds_1_2_3/ have today's defaults, the former but for its 160 steps.
+steps_160/ and seeds_1_2_3/ have today's defaults, the former but for its 160 steps; long/ is a run
+of the arm steps_600 that was stopped before its end.
 
 Long arms are evaluated on 512 held-out starts; each more_sft_* takes about GRPO's processor time;
 strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
@@ -123,6 +124,7 @@ LONG_GRPO = {
     "default": "",
     "default_again": "--learning-rate 2.5e-4 --decay-steps 190",  # from what default published
     "default_completion": "--credit completion",
+    "steps_600": "--steps 600 --decay-steps 500",
     "bfloat16": "--precision bfloat16",
     "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} | --steps 120",
@@ -258,6 +260,7 @@ def main_table() -> str:
     for name, policy, title in (
         ("default_again", "grpo", "200 more steps of it at half the rate"),
         ("default_completion", "grpo", "GRPO with one advantage a completion"),
+        ("steps_600", "grpo", "GRPO in 600 steps, the rate falling over 500"),
         ("bfloat16", "grpo", "GRPO in bfloat16"),
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
