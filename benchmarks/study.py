@@ -57,6 +57,7 @@ CURVE = (
     "update/learning_rate",
     "update/num_steps",
     "update/max_drift",
+    "loss/ref_kl",
 )
 SHORT = "--steps 40 --prompts-per-step 256 --save-every 40 --eval-every 20"
 # The processor time of the 200 GRPO steps of `default`: 1,600 s of a Xeon with AVX-512.

@@ -64,7 +64,8 @@ def gradient_signal(gradients: Tensor, num_completions: int) -> GradientSignal:
     lengths = rearrange(norms, "k -> k 1") * rearrange(norms, "k -> 1 k")
     cosine, error = pair_mean(products / lengths.clamp(min=torch.finfo(torch.float64).tiny))
     squared_norm, _ = pair_mean(products)
-    trace = num_completions * max(0.0, float(products.diagonal().mean()) - squared_norm)
+    # Not max(), which can lose a NaN.
+    trace = num_completions * float((products.diagonal().mean() - squared_norm).clamp(min=0.0))
     needed = ODDS * trace / squared_norm if squared_norm > 0 else math.inf
     return GradientSignal(
         len(gradients), num_completions, cosine, error, squared_norm, trace, needed

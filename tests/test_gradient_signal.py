@@ -83,6 +83,14 @@ def test_the_unit_of_the_reward_changes_neither_cosine_nor_completions() -> None
         assert getattr(small, name) == pytest.approx(getattr(signal, name), rel=1e-9), name
 
 
+def test_a_gradient_that_is_not_finite_is_seen_in_every_number() -> None:
+    gradients, *_ = made_up(5, 60.0, seed=1)
+    gradients[2, 3] = math.nan
+    signal = gradient_signal(gradients, COMPLETIONS)
+    assert all(map(math.isnan, (signal.cosine, signal.squared_norm, signal.trace)))
+    assert math.isinf(signal.completions_needed)
+
+
 def test_gradients_of_zero_have_no_signal() -> None:
     """Every group may have had equal rewards."""
     signal = gradient_signal(torch.zeros(4, 7), COMPLETIONS)
