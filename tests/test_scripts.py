@@ -3,19 +3,20 @@
 import importlib
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = f"set -euo pipefail; root={shlex.quote(str(ROOT))}; source slurm/common.sh"
 
 
 def sourced(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """common.sh as a batch script reads it; it ends at `scontrol`, which is not there."""
-    script = f"set -euo pipefail; root={ROOT}; source slurm/common.sh"
     return subprocess.run(
-        ["/bin/bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+        ["/bin/bash", "-c", SOURCE], cwd=ROOT, env=env, capture_output=True, text=True
     )
 
 
@@ -61,7 +62,7 @@ def test_a_job_ends_as_its_own_attempt_did(
         "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NAME": "grpo", "SLURM_CPUS_ON_NODE": "2",
         "MINIGRPO_ENV": "/dev/null",
     }  # fmt: skip
-    script = f"set -euo pipefail; root={ROOT}; source slurm/common.sh; launch train_grpo.py"
+    script = f"{SOURCE}; launch train_grpo.py"
     done = subprocess.run(
         ["/bin/bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
     )
