@@ -15,7 +15,7 @@ from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import later_values
 from minigrpo.data import Prompts, Task, make_prompts, make_task, token_uniforms
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.lqr import QuadraticCost
+from minigrpo.lqr import QuadraticCost, trajectory_cost
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import Codec
@@ -29,6 +29,7 @@ from minigrpo.rollout import (
     minibatches,
     rollout_metrics,
     sample_records,
+    write_plans,
 )
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.scoring import completion_scores
@@ -101,7 +102,7 @@ def rolled(
         a_model() if model is None else model, reference, prompts, where, config, TASK,
         final_distance,
     )  # fmt: skip
-    assert min(seconds.values()) >= 0
+    assert min(seconds.values()) > 0
     return rollout, experience
 
 
@@ -162,6 +163,16 @@ def test_a_row_holds_the_tokens_of_its_own_prompt_and_draw() -> None:
     # equal starts are two prompts: other draws, other groups
     assert PROMPTS.texts[0] == PROMPTS.texts[3]
     assert not torch.equal(done.tokens[0:3], done.tokens[9:12])
+
+
+def test_a_plan_whose_end_was_not_sampled_is_malformed() -> None:
+    task = replace(TASK, max_completion_length=HORIZON)  # all its controls, and no room for EOS
+    uniforms = token_uniforms(2, PROMPTS.indices, 3, HORIZON)
+    acting = ActingPolicy(1.2, 0.95, 17)
+    done, texts, parsed = write_plans(a_model(), PROMPTS, 3, task, acting, uniforms, 7)
+    is_written = torch.tensor([len(text.split()) == HORIZON for text in texts])
+    assert is_written.sum() > 3 and not done.ended[is_written].any()
+    assert not parsed.is_valid.any()
 
 
 def rows_of(places: list[int]) -> list[int]:
@@ -356,7 +367,7 @@ def test_metrics_are_those_of_slow_loops(monkeypatch: pytest.MonkeyPatch) -> Non
     """Malformed, cut off and constant groups included; two equal ranks have the same means."""
     rollout, experience = rolled(replace(CONFIG, support_size=9, seed=6))
     rewards = rollout.rewards.clone()
-    rewards[3:6] = 1.5
+    rewards[3:6] = 1.5 + torch.tensor([0.0, 1e-9, 0.0]).double()  # equal but for rounding
     rollout = replace(rollout, rewards=rewards)
     done = experience.completions
     rows = range(15)
@@ -393,6 +404,7 @@ def test_sample_records_show_whole_groups_with_their_own_numbers() -> None:
     rollout, experience = rolled()
     first, second = sample_records(PROMPTS, experience, rollout)
     assert [first["prompt"], second["prompt"]] == list(PROMPTS.texts[:2])
+    assert len(first["completions"]) == len(second["completions"]) == 3
     for n, shown in enumerate([*first["completions"], *second["completions"]]):
         assert shown["text"] == experience.texts[n]
         assert shown["is_valid"] == bool(experience.parsed.is_valid[n])
@@ -484,14 +496,16 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precisio
 
 
 def test_dr_grpo_divides_by_what_the_task_allows_and_dapo_by_what_was_written() -> None:
-    found = []
+    found, places = [], torch.arange(5)
+    task = replace(TASK, max_completion_length=101)  # no completion is as long
     for aggregation in ("dapo", "dr_grpo"):
         model, config = a_model(), replace(CONFIG, aggregation=aggregation, temperature=4.0)
-        rollout, _ = rolled(config)
+        rollout, *_ = make_rollout(model, None, PROMPTS, places, config, task, final_distance)
         accumulate_gradient(model, rollout, torch.arange(15), config)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    written, allowed = int(rollout.completion_mask.sum()), 15 * TASK.max_completion_length
-    assert written != allowed and found[0].abs().max() > 1e-3
+    assert rollout.completion_tokens.shape[1] < 101
+    written, allowed = int(rollout.completion_mask.sum()), 15 * 101
+    assert found[0].abs().max() > 1e-3
     assert torch.allclose(found[0] * written, found[1] * allowed, rtol=1e-4, atol=1e-4)
 
 
@@ -534,3 +548,46 @@ def test_choices_are_refused_where_rewards_are_not_of_the_simulator() -> None:
     rewards = replace(experience.rewards, total=experience.rewards.total + 0.01)
     with pytest.raises(ValueError, match=r"^credit must be completion where rewards are not"):
         choices_of(replace(experience, rewards=rewards), VOCAB, TASK, config, final_distance)
+
+
+def test_rewards_and_values_of_choices_are_of_the_cost_of_the_task() -> None:
+    cost = QuadraticCost(2.0, 3.0, 0.7, 11.0)
+    task = make_task(PLANT, cost, CODEC, TOKENIZER)
+
+    def cheapness(tally: Tally, is_valid: Tensor) -> Rewards:
+        worth = torch.where(is_valid, 100 - tally.cost.double(), 0.0)
+        return Rewards({"cheapness": worth}, worth)
+
+    config = replace(CONFIG, credit="choice", advantage_std="batch")
+    places = torch.arange(5)
+    model = a_model()
+    rollout, done, _ = make_rollout(model, None, PROMPTS, places, config, task, cheapness)
+    whole = done.parsed.is_valid
+    wanted = 100 - trajectory_cost(done.trajectories, cost)[whole]
+    assert torch.equal(rollout.rewards[whole], wanted)
+    assert torch.allclose(rollout.choices.level[whole, HORIZON], wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e4])
+def test_rewards_are_of_the_simulator_if_most_are_within_the_rounding_of_their_size(scale) -> None:
+    config = replace(CONFIG, credit="choice", advantage_std="batch")
+    _, experience = rolled(config)
+    plain = scale * experience.rewards.total
+    limit = 1e-4 * (1 + plain)
+    first = int(experience.parsed.is_valid.nonzero()[0])
+
+    def scaled(tally: Tally, is_valid: Tensor) -> Rewards:
+        found = final_distance(tally, is_valid)
+        return Rewards(found.components, scale * found.total)
+
+    def check(total: Tensor) -> None:
+        changed = replace(experience, rewards=replace(experience.rewards, total=total))
+        choices_of(changed, VOCAB, TASK, config, scaled)
+
+    one_far = plain.clone()
+    one_far[first] += 1e3 * limit[first]  # as at a step of a reward, on the other side
+    for total in (one_far, plain - 0.8 * limit, plain + 0.8 * limit):
+        check(total)
+    for total in (plain - 1.2 * limit, plain + 1.2 * limit):
+        with pytest.raises(ValueError, match="credit must be completion"):
+            check(total)
