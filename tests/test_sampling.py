@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -139,6 +140,7 @@ def test_the_mask_covers_what_was_sampled_up_to_and_including_eos(
     assert got.tokens.tolist() == [tokens]
     assert got.mask.int().tolist() == [mask]
     assert got.ended.tolist() == [ended]
+    assert top_p == 1.0 or got.support.tolist() == [[[token] for token in tokens]]
 
 
 @pytest.mark.parametrize("pad", [0, 1])
@@ -254,9 +256,15 @@ def test_without_truncation_no_support_is_stored():
     assert len(got.tokens[:, 0].unique()) > 2  # support_size does not bind
 
 
-@pytest.mark.parametrize("rows_per_batch", [1, 3, 7, 512])
-def test_the_rows_decoded_together_change_nothing(rows_per_batch):
-    whole, got = sampled(rows_per_batch=12), sampled(rows_per_batch=rows_per_batch)
+@pytest.mark.parametrize(("rows_per_batch", "together"), [(1, 3), (3, 3), (7, 6), (512, 12)])
+def test_the_rows_decoded_together_change_nothing(rows_per_batch, together, monkeypatch):
+    """They are whole groups, one at least, and no more than they may be: this bounds the cache."""
+    whole = sampled(rows_per_batch=12)
+    decoder = mock.Mock(side_effect=sampling._decoder)
+    monkeypatch.setattr(sampling, "_decoder", decoder)
+    got = sampled(rows_per_batch=rows_per_batch)
+    batches = [batch for (_, batch), _ in decoder.call_args_list]
+    assert {batch.num_prompts * batch.group_size for batch in batches} == {together}
     for name in ("tokens", "mask", "support", "ended", "is_capped"):
         assert torch.equal(getattr(got, name), getattr(whole, name)), name
     assert torch.allclose(got.sampling_logprobs, whole.sampling_logprobs, atol=1e-5)
@@ -342,6 +350,8 @@ def test_wrong_arguments_are_named():
         sampled(uniforms=torch.zeros(12, 12))
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         StopRule((1,), 0, 0)
+    with pytest.raises(ValueError, match=r"ended must have shape \[N\] with N=12"):
+        replace(sampled(), ended=torch.zeros(11, dtype=torch.bool))
 
 
 def test_sampling_leaves_its_arguments_and_the_model_as_they_were():
@@ -406,6 +416,25 @@ def test_a_kept_decoder_draws_with_the_weights_of_now(monkeypatch, model_type, i
         torch.bfloat16 if is_mixed else torch.float32
     )
     assert kept.model.embed.weight.dtype == kept.model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("top_p", [0.8, 1.0])
+def test_a_kept_decoder_leaves_nothing_of_a_longer_batch_in_a_shorter_one(monkeypatch, top_p):
+    """Of one call, whose rows are cut to the longest of both."""
+    acting, stop = ActingPolicy(1.5, top_p, 5), StopRule((1, 2, 3, 4), PAD, 13)
+    uniforms, model = uniforms_of(12, 13, seed=39), a_model()
+
+    def found():
+        return sampled(acting, stop, model=model, uniforms=uniforms, rows_per_batch=6)
+
+    expected = found()
+    lengths = expected.mask.sum(dim=1)
+    assert lengths[:6].max() > lengths[6:].max() + 3  # more than are decoded at once
+    assert top_p == 1.0 or expected.support.min() == -1
+    as_if_recorded(monkeypatch)
+    for _ in range(2):  # in the first the second batch, then both are in the same tensors
+        for one, other in zip(vars(found()).values(), vars(expected).values(), strict=True):
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("has_graphs", [False, True])
