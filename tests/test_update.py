@@ -556,12 +556,33 @@ def test_entropy_and_the_log_prob_gap_are_those_of_a_slow_loop() -> None:
     assert done["rollout/logprob_gap_max"] == pytest.approx(now, rel=1e-9)
 
     old = sampled + 0.25 * torch.where(rollout.completion_mask, 1.0, 9.0)
-    old[0, 0] -= 0.75  # to -0.5
     config = replace(CONFIG, num_minibatches=3, num_epochs=2)
-    moved = replace(rollout, old_logprobs=old)
-    done, _ = update_policy(model, frozen, moved, config, 0, 0.0)
-    assert done["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-9)
-    assert done["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
+    for row, largest in ((0, -0.5), (14, 0.5)):  # of the first minibatch and of the last
+        there = old.clone()
+        there[row, 0] = sampled[row, 0] + largest
+        moved = replace(rollout, old_logprobs=there)
+        done, _ = update_policy(model, frozen, moved, config, 0, 0.0)
+        assert done["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-9)
+        assert done["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_entropy_and_gap_are_those_of_all_ranks(
+    order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank with as many tokens, thrice the entropy and a larger gap."""
+    model, rollout = a_model().double(), a_rollout()
+    frozen = torch.optim.SGD(model.parameters())
+    alone, _ = update_policy(model, frozen, rollout, CONFIG, 0, 0.0)
+
+    def gathered(rows: list[Tensor]) -> list[list[Tensor]]:
+        return [rows, [rows[0], 3 * rows[1], rows[2] + 2]][::order]
+
+    monkeypatch.setattr(update, "gather_rows", gathered)
+    both, _ = update_policy(model, frozen, rollout, CONFIG, 0, 0.0)
+    assert both["policy/entropy"] == pytest.approx(2 * alone["policy/entropy"])
+    gap = alone["rollout/logprob_gap_max"]
+    assert both["rollout/logprob_gap_max"] == pytest.approx(gap + 2)
 
 
 def test_losses_are_means_over_steps_and_shares_are_over_tokens() -> None:
