@@ -146,10 +146,8 @@ def score_rows(
     `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
     ratio that is not 1 on the first optimizer step.
     """
-    parts = []
-    for rows in micro_batches:
-        if not len(rows):
-            continue
+    parts, kept = [], [rows for rows in micro_batches if len(rows)]
+    for rows in kept:
         tokens, prompts = completions.tokens[rows], rows[:: rows_per_prompt(config)]
         scores = completion_scores(
             model,
@@ -166,7 +164,8 @@ def score_rows(
             part.append((scores.mass * choices.values[rows]).sum(dim=-1))
             part.append(choices.mean_offset(scores.mass, tokens))
         parts.append(part)
-    logprobs, *others = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = torch.cat(kept).argsort()  # they need not go through the rows in order
+    logprobs, *others = (torch.cat(column)[order] for column in zip(*parts, strict=True))
     expected, mean_offsets = others or (None, None)
     return logprobs, expected, mean_offsets
 

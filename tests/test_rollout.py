@@ -179,11 +179,14 @@ def rows_of(places: list[int]) -> list[int]:
     return [3 * p + g for p in places for g in range(3)]
 
 
+@pytest.mark.parametrize("num_minibatches", [1, 2])
 @pytest.mark.parametrize("places", [[4, 2, 0, 3, 1], [0, 2, 4], [1, 3]])
-def test_permuting_or_leaving_out_prompts_permutes_or_leaves_out_groups(places: list[int]) -> None:
+def test_permuting_or_leaving_out_prompts_permutes_or_leaves_out_groups(
+    places: list[int], num_minibatches: int
+) -> None:
     """The second case are the shares of two ranks. float32 rounds differently in other batches."""
-    rollout, experience = rolled(reference=a_model(7), config=replace(CONFIG, num_epochs=2))
-    config = replace(CONFIG, num_epochs=2)
+    config = replace(CONFIG, num_epochs=2, num_minibatches=num_minibatches)
+    rollout, experience = rolled(reference=a_model(7), config=config)
     part, text = rolled(config, chosen_prompts(places), torch.tensor(places), None, a_model(7))
     rows, width = rows_of(places), part.completion_tokens.shape[1]
     assert text.texts == [experience.texts[n] for n in rows]
