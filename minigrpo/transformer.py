@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -205,9 +206,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
         bias = q.new_zeros(1, 1, 1, 1)
     heads = k.shape[1] if bias.shape[0] > 1 else 1
     biases = repeat(bias, "b 1 q k -> (b j) (g q) k", j=heads, g=group)
-    scores = torch.baddbmm(biases, queries, keys, alpha=q.shape[3] ** -0.5)  # [B * J, G * Q, K]
-    mixed = F.softmax(scores, dim=-1) @ values
+    with no_copies() if q.shape[2] == 1 else nullcontext():
+        scores = torch.baddbmm(biases, queries, keys, alpha=q.shape[3] ** -0.5)  # [B * J, G * Q, K]
+        mixed = F.softmax(scores, dim=-1) @ values
     return rearrange(mixed, "(b j) (g q) d -> b (j g) q d", j=k.shape[1], g=group)
+
+
+@contextmanager
+def no_copies() -> Iterator[None]:
+    """Products of a CPU by the library that reads keys and values where they lie in their cache.
+
+    oneDNN, which `medium` chooses, copies whatever is not in one piece: all keys so far at every
+    token. For one query, whose products are bound by memory, it has no advantage to set against it.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class SwiGLU(nn.Module):

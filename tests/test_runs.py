@@ -796,8 +796,12 @@ def test_an_open_run_is_closed_once_and_then_free(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
-    """`medium`, the faster library, exactly where it does not mean bfloat16."""
+@pytest.mark.parametrize("is_intel", [False, True])
+def test_a_cpu_computes_products_in_float32_unless_told_otherwise(
+    is_intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`medium`, the faster library but on Intel's, exactly where it does not mean bfloat16."""
+    monkeypatch.setattr(runs, "_is_intel", lambda: is_intel)
     a, b = torch.randn(2, 768, 768, generator=torch.Generator().manual_seed(1))
     exact = a.double() @ b.double()
     before = torch.get_float32_matmul_precision()
@@ -806,7 +810,8 @@ def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
         is_exact = bool((a @ b - exact).abs().amax() < 1e-5 * exact.abs().amax())
         torch.set_float32_matmul_precision("high")
         set_matmul_precision("auto", torch.device("cpu"))
-        assert torch.get_float32_matmul_precision() == ("medium" if is_exact else "highest")
+        is_medium = is_exact and not is_intel
+        assert torch.get_float32_matmul_precision() == ("medium" if is_medium else "highest")
         assert (a @ b - exact).abs().amax() < 1e-5 * exact.abs().amax()
         assert runs._provenance(CPU)["matmul_precision"] == torch.get_float32_matmul_precision()
         set_matmul_precision("auto", torch.device("cuda"))
@@ -815,6 +820,14 @@ def test_a_cpu_computes_products_in_float32_unless_told_otherwise() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_maker_of_a_processor_is_read_where_linux_says_it(tmp_path: Path) -> None:
+    said = tmp_path / "cpuinfo"
+    assert not runs._is_intel(said)
+    for vendor, is_intel in (("GenuineIntel", True), ("AuthenticAMD", False)):
+        said.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+        assert runs._is_intel(said) == is_intel
 
 
 def test_a_run_computes_products_in_the_precision_that_it_was_told(tmp_path: Path) -> None:

@@ -225,3 +225,27 @@ def test_autocast_keeps_the_answer_within_the_precision_of_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(tokens, None, None, logits).float()
     assert 0 < largest_difference(rounded, exact) < 0.05  # 8 bits, a few layers deep
+
+
+@pytest.mark.parametrize(("num_new", "inside"), [(1, "highest"), (2, "medium")])
+def test_one_new_token_has_no_copy_of_its_cache(num_new, inside, monkeypatch):
+    """oneDNN copies keys that are a view of a longer cache; for one query it is put aside."""
+    cache, seen, product = torch.randn(2, 3, 60, 8), [], torch.baddbmm
+
+    def watched(*args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        attend(torch.randn(2, 3, num_new, 8), cache[:, :, :50], cache[:, :, :50], None)
+        assert seen == [inside]
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(ZeroDivisionError), transformer.no_copies():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
