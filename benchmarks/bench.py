@@ -57,7 +57,7 @@ class Item:
     group_size: int
     prompt_length: int
     length: int
-    micro_batch: int = 128
+    micro_batch: int
     top_p: float = 1.0  # below 1 with support 32; TRL has no such policy
 
     @property
@@ -98,9 +98,9 @@ class Item:
 
 
 ITEMS = {
-    "tiny": Item(128, 512, 4, 4, 4, 700, 4, 8, 12, 51),
-    "cpu-128": Item(128, 512, 4, 4, 4, 700, 8, 16, 12, 51),
-    "cpu-256": Item(256, 1024, 4, 4, 4, 700, 8, 16, 12, 51),
+    "tiny": Item(128, 512, 4, 4, 4, 700, 4, 8, 12, 51, 32),
+    "cpu-128": Item(128, 512, 4, 4, 4, 700, 8, 16, 12, 51, 32),
+    "cpu-256": Item(256, 1024, 4, 4, 4, 700, 8, 16, 12, 51, 32),
     "scale": Item(64, 128, 2, 2, 2, 607, 8, 16, 5, 51, 128, 0.9),
     "gpu-ref": Item(896, 4864, 24, 14, 2, 151_936, 32, 16, 150, 350, 128),
 }
