@@ -125,7 +125,7 @@ def prompt_lengths(task: Task) -> set[int]:
 def training_starts(
     starts: Tensor, seed: int, step: int, num_prompts: int, reach: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Fresh random starts [P, 2] of one step and their places [P] in the run's prompt stream.
+    """Fresh random starts [P, 2] of one step and their indices [P] in the run's prompt stream.
 
     `reach` in (0, 1] is the share of the square they come from, by side: a curriculum's stage.
     """
@@ -133,14 +133,14 @@ def training_starts(
         size = starts.abs().amax(dim=1)  # [K]
         starts = starts[size <= reach * size.max()]
     chosen = keyed_generator(seed, "prompts", step).integers(len(starts), size=num_prompts)
-    places = torch.arange(step * num_prompts, (step + 1) * num_prompts)
-    return starts[torch.from_numpy(chosen)], places
+    indices = torch.arange(step * num_prompts, (step + 1) * num_prompts)
+    return starts[torch.from_numpy(chosen)], indices
 
 
 def token_uniforms(
     seed: int, indices: Tensor, group_size: int, length: int, purpose: str = "tokens"
 ) -> Tensor:
-    """The uniforms [P * G, C] that decide every token; a prompt's depend on its index alone."""
+    """The uniforms [P * G, length] that decide all tokens; a prompt's depend on its index alone."""
     uniforms = torch.zeros(len(indices), group_size, length, dtype=torch.float64)
     for row, index in zip(uniforms.numpy(), indices.tolist(), strict=True):
         keyed_generator(seed, purpose, index).random(out=row)

@@ -87,7 +87,7 @@ class DoubleIntegrator:
         torch.add(velocity, control, alpha=self.dt, out=following[1])
 
     def leaves_bounds(self, position: Tensor, velocity: Tensor) -> Tensor:
-        """1.0 where a state of these absolute values is out of bounds, else 0.0; in `position`.
+        """1.0 where a state of these absolute values is out of bounds, else 0.0; over `position`.
 
         Floats, since to add bools to a count is slow.
         """

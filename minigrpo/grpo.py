@@ -5,8 +5,9 @@
     l_it  = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                policy_loss
     kl_it = r (exp(x) - x - 1),  x = ref_logprobs - logprobs               reference_kl
     loss  = sum_it w_it (l_it - g_it + kl_beta kl_it) / denominator        grpo_loss
-    g_it  = sum_a q(a) W(a) where r is within the clip bounds, 0 in value  with credit for choices:
-            then A in l_it is of what came after the choice (counterfactual.py)
+    g_it  = sum_a q(a) W(a) / (s + 1e-4) where r is within the clip bounds, 0 in value
+            with credit for choices alone: then A in l_it is of what came after the choice, and s
+            the standard deviation of all rewards of the step (counterfactual.py)
 
     dapo      w = mask             denominator = active tokens
     grpo      w = mask / length_i  denominator = rows
@@ -172,7 +173,7 @@ def grpo_loss(
 ) -> tuple[Tensor, LossMetrics]:
     """One micro-batch's share of the step's loss, to be added up; a scalar with a graph.
 
-    loss = sum_it w_it (l_it + kl_beta kl_it) / denominator
+    loss = sum_it w_it (l_it - g_it + kl_beta kl_it) / denominator
     logprobs, old_logprobs, ref_logprobs [M, C] nats; mask [M, C] bool; advantages [M], or [M, C]
     for per-token credit; denominator from `loss_denominator`, of the whole step.
     `old_logprobs` None: the rollout feeds exactly one optimizer step, old is `logprobs.detach()`.

@@ -11,7 +11,8 @@ over the *stored* support (keep mask, DeepSeek-V3.2, 2512.02556), so the gradien
 policy that acted, supports held: with log-probs over the whole vocabulary the mean ratio is not 1
 and the gradient points elsewhere (tests/test_policy.py measures both).
 
-N or M rows, C completion tokens, S support cap, V vocabulary; support holds ids, -1 is filler.
+B rows at one position or M of a micro-batch, C completion tokens, S support cap, V vocabulary,
+K columns of a basis; support holds ids, -1 is filler.
 """
 
 from __future__ import annotations
@@ -215,8 +216,8 @@ def score_logits(
 
     With a support, gathered before the division and the log-sum-exp: work over S values, not V.
     With a basis [V, K] also sum_a q(a) basis[a], and its gradient: the mean of all that is linear
-    in the basis, such as the values of choices. The entropy takes a tenth of the time with it and
-    two thirds without.
+    in the basis, such as the values of choices. The entropy takes a tenth of the time with a basis
+    and two thirds without.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:

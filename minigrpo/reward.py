@@ -124,6 +124,7 @@ def tally_rewards(
     tally: Tally, is_valid: Tensor, kind: RewardKind, horizon: int, weights: RewardWeights
 ) -> Rewards:
     """Rewards of tallies, whichever way they were made; is_valid [N] bool."""
+    tally = Tally(**{name: sums.double() for name, sums in vars(tally).items()})
     match kind:
         case "progress":
             components = progress_rewards(tally, horizon, weights)
@@ -132,28 +133,28 @@ def tally_rewards(
         case _:
             raise ValueError(f"kind must be progress or punishment, got {kind}")
     # where, not times 0: nothing of an invalid row may leak
-    components = {k: torch.where(is_valid, v.double(), 0.0) for k, v in components.items()}
+    components = {k: torch.where(is_valid, v, 0.0) for k, v in components.items()}
     if kind == "punishment":
         components["malformed"] = torch.where(is_valid, 0.0, -10.0).double()
     return Rewards(components, torch.stack(list(components.values())).sum(dim=0))
 
 
 def progress_rewards(tally: Tally, horizon: int, weights: RewardWeights) -> dict[str, Tensor]:
-    """The nine components [N] of the progress reward of valid text, float64."""
-    initial, final = tally.initial.double(), tally.final.double()
+    """The nine components [N] of the progress reward of valid text, from float64 sums."""
+    initial, final = tally.initial, tally.final
     covered = ((initial - final) / initial).clamp(min=0)
     progress = torch.where(initial < 1e-6, (final < 0.1).double(), covered)
     num_changes = max(1, horizon - 1)  # horizon 1 has none, and its sum is 0
-    share_inside = 1 - (tally.num_outside + tally.starts_outside).double() / (horizon + 1)
-    violations = (tally.num_excessive + tally.num_outside).double()
+    share_inside = 1 - (tally.num_outside + tally.starts_outside) / (horizon + 1)
+    violations = tally.num_excessive + tally.num_outside
     return {
         "baseline": torch.full_like(final, weights.baseline),
         "progress": weights.progress * progress,
-        "proximity": weights.proximity * torch.exp(-2 * tally.distance.double() / (horizon + 1)),
+        "proximity": weights.proximity * torch.exp(-2 * tally.distance / (horizon + 1)),
         "terminal": weights.terminal * torch.exp(-weights.terminal_rate * final),
-        "efficiency": weights.efficiency * torch.exp(-tally.effort.double() / horizon),
-        "smoothness": weights.smoothness * torch.exp(-2 * tally.change.double() / num_changes),
-        "lqr": -weights.lqr * torch.tanh(tally.cost.double() / 200),
+        "efficiency": weights.efficiency * torch.exp(-tally.effort / horizon),
+        "smoothness": weights.smoothness * torch.exp(-2 * tally.change / num_changes),
+        "lqr": -weights.lqr * torch.tanh(tally.cost / 200),
         "constraints": -(weights.constraints * violations).clamp(max=weights.constraints_cap),
         "validity": weights.validity * (share_inside - 0.5),
     }
@@ -162,9 +163,9 @@ def progress_rewards(tally: Tally, horizon: int, weights: RewardWeights) -> dict
 def punishment_rewards(tally: Tally) -> dict[str, Tensor]:
     """The components [N] of the punishment reward of valid text; malformed text can beat it."""
     return {
-        "cost": -tally.cost.double() / 10,
+        "cost": -tally.cost / 10,
         "success": 25.0 * (tally.final < 0.1).double() + 25.0 * (tally.final < 0.05).double(),
-        "constraints": -10 * (tally.num_excessive + tally.num_outside).double(),
+        "constraints": -10 * (tally.num_excessive + tally.num_outside),
     }
 
 

@@ -1,8 +1,8 @@
 """Prompt -> completion -> controls -> trajectory -> reward -> advantage: one batch of experience.
 
-No row is ever dropped: malformed text flows on as zero controls with reward 0, so a group keeps its
-size. Groups are index ranges (row n = p * G + g), never equal texts, and the start of a prompt is
-repeated by the same einops pattern as its tokens.
+No row is ever dropped: malformed text flows on as zero controls with one defined reward, so a group
+keeps its size. Groups are index ranges (row n = p * G + g), never equal texts, and the start of a
+prompt is repeated by the same einops pattern as its tokens.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def make_rollout(
 def credited(
     acted: Experience, choices: ChoiceValues | None, expected: Tensor | None, config: GRPOConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """Advantages [N]; with choices [N, C], and [N] what a point of their values counts in these.
+    """Advantages [N]; with choices [N, C], and [N] the advantages of one point of reward.
 
     expected [N, C]; the rewards of all ranks count for the unit.
     """

@@ -75,10 +75,11 @@ def sample_completions(
 ) -> Completions:
     """Draw `group_size` completions of at most `stop.max_length` tokens for each prompt [P, L].
 
-    Prompts are left-padded. `uniforms` [N, C] in [0, 1) decide every draw (None: greedy), so equal
-    uniforms give equal tokens however the rows are batched. Whole groups are decoded, at most
-    `rows_per_batch` rows at a time, which bounds the cache; all batches have one size, that of the
-    same recorded graphs, for which the last may begin with prompts of the one before.
+    Prompts are left-padded. `uniforms` [N, max_length] in [0, 1) decide every draw (None: greedy),
+    so equal ones give equal tokens however the rows are batched; C is the longest completion.
+    Whole groups are decoded, at most `rows_per_batch` rows at a time, which bounds the cache; all
+    batches have one size, that of the same recorded graphs, for which the last may begin with
+    prompts of the one before.
     """
     num_rows, length = len(prompt_tokens) * group_size, stop.max_length
     if uniforms is not None:
