@@ -287,8 +287,9 @@ class _Decoder:
 
     def _replay(self, steps: range) -> None:
         if steps[0] not in self.graphs:
-            if not self.graphs:
-                self._advance(steps)  # kernels are chosen and compiled outside of a recording
+            # Kernels are chosen and compiled outside of a recording: cuDNN's attention, which torch
+            # prefers on an H100, plans every length anew. What is written here is written again.
+            self._advance(steps)
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

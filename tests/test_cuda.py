@@ -12,7 +12,7 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import Codec
 from minigrpo.reward import RewardWeights, tally_rewards
-from minigrpo.sampling import StopRule, sample_completions
+from minigrpo.sampling import StopRule, _Batch, _Decoder, _kept_copy, sample_completions
 from minigrpo.scoring import completion_scores
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
@@ -169,6 +169,22 @@ def test_in_bfloat16_the_sampler_and_the_scorer_are_one_policy_within_rounding()
     gap = (scores.logprobs - done.sampling_logprobs)[done.mask].detach().abs()
     assert gap.mean() < 0.01
     assert gap.quantile(0.99) < 0.06
+
+
+@torch.no_grad()
+def test_in_bfloat16_lengths_that_never_ran_can_be_recorded():
+    """cuDNN, which torch prefers for attention on an H100, plans each length of the cache anew."""
+    model, prompts, mask, uniforms, _ = work("qwen2", False)
+    model, stop = model.to("cuda"), StopRule((), 0, uniforms.shape[1])
+    acting, device = ActingPolicy(1.0, 1.0), torch.device("cuda", torch.cuda.current_device())
+    batch = _Batch(6, 7, 4, acting, False, stop, False, False, False, torch.bfloat16, device)
+    found = []
+    with torch.autocast("cuda", torch.bfloat16):
+        for is_recorded in (True, False):
+            decoder = _Decoder(_kept_copy(model, torch.bfloat16), batch, is_recorded)
+            parts = (part.to(device) for part in (prompts, mask, uniforms))
+            found.append(decoder.decode(model, *parts, 1.0)[0])
+    assert torch.equal(*found)
 
 
 def test_values_of_choices_are_those_of_the_cpu():

@@ -12,14 +12,14 @@ from tiny import untrained_checkpoint
 from torch import Tensor
 
 import train_grpo
-from minigrpo import sampling, scoring
+from minigrpo import sampling, scoring, transformer
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
 from minigrpo.evaluation import validation_metrics
 from minigrpo.policy import ActingPolicy
 from minigrpo.rollout import act, choice_simulator, make_rollout, rollout_metrics
-from minigrpo.sampling import StopRule, _Decoder, sample_completions
+from minigrpo.sampling import StopRule, _Batch, _Decoder, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 from minigrpo.update import update_policy
 
@@ -74,6 +74,31 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
     assert len(num_graphs) == recorded > 0
     # Is there padding, is any row alive before each graph, is all finite, how long and wide is it?
     assert len(gpu.looks) <= 1 + 3 + 3
+
+
+def test_no_length_of_the_cache_is_recorded_that_did_not_run_before(gpu, monkeypatch):
+    """Libraries that plan each length anew may not do so in a capture: rows that end early, in a
+    batch before, must not leave some for it."""
+    monkeypatch.setattr(_Decoder, "TOKENS_PER_GRAPH", 4)
+    model = placed(Transformer(TransformerConfig("qwen2", 61, 16, 24, 1, 4, 2, 4)))
+    ran, recorded, attention = [], [], transformer.attend
+
+    def watched(q, k, *rest):
+        (ran if gpu.graph is None else recorded).append(k.shape[2])
+        assert gpu.graph is None or k.shape[2] in ran
+        return attention(q, k, *rest)
+
+    monkeypatch.setattr(transformer, "attend", watched)
+    batch = _Batch(
+        3, 5, 2, ActingPolicy(1.0, 1.0), False, StopRule((), 0, LENGTH), False, False, False,
+        torch.float32, DEVICE,
+    )  # fmt: skip
+    prompts, uniforms = torch.randint(2, 61, (3, 5)), torch.rand(6, LENGTH, dtype=torch.float64)
+    with gpu, torch.no_grad():
+        mask = OnDevice(torch.ones(3, 5, dtype=torch.bool))
+        decoder = _Decoder(model, batch, is_recorded=True)
+        decoder.decode(model, OnDevice(prompts), mask, OnDevice(uniforms), 1.0)
+    assert recorded == list(range(6, 5 + LENGTH))
 
 
 @pytest.mark.parametrize(
