@@ -6,8 +6,8 @@
     kl_it = r (exp(x) - x - 1),  x = ref_logprobs - logprobs               reference_kl
     loss  = sum_it w_it (l_it - g_it + kl_beta kl_it) / denominator        grpo_loss
     g_it  = sum_a q(a) W(a) / (s + 1e-4) where r is within the clip bounds, 0 in value
-            with credit for choices alone: then A in l_it is of what came after the choice, and s
-            the standard deviation of all rewards of the step (counterfactual.py)
+            with credit for choices alone (counterfactual.py): then A in l_it is of what came
+            after the choice; 1 / (s + 1e-4) is `advantage_scale`, as in A
 
     dapo      w = mask             denominator = active tokens
     grpo      w = mask / length_i  denominator = rows
