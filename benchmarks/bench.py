@@ -528,8 +528,13 @@ def parts(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
         attend(q, k, v, causal), fused(q, k, v, is_causal=True), rtol=1e-4, atol=1e-4
     )
     one = torch.randn(512, 2, 1, 32)
-    cache = torch.randn(2, 512, 2, 56, 32)[:, :, :, :30]  # as in `KVCache`
-    torch.testing.assert_close(attend(one, *cache, None), fused(one, *cache), rtol=1e-4, atol=1e-4)
+    cache, beyond = torch.randn(2, 512, 2, 32, 32), torch.zeros(1, 1, 1, 32)  # as in `KVCache`
+    beyond[..., 30:] = -torch.inf
+    with_gaps = torch.randn(2, 512, 2, 56, 32)[:, :, :, :30]
+    with_gaps[:] = cache[:, :, :, :30]
+    torch.testing.assert_close(
+        attend(one, *cache, beyond), fused(one, *with_gaps), rtol=1e-4, atol=1e-4
+    )
     z, acting, sorted_z = torch.randn(512, 607), ActingPolicy(1.5, 0.9, 32), ActingPolicy(1.0, 1.0)
     plant, codec = DoubleIntegrator(), Codec()
     texts = [render_controls(3 * torch.rand(50) - 1.5, codec) for _ in range(1024)]
@@ -539,8 +544,9 @@ def parts(item: Item, given: argparse.Namespace, folder: Path, report: dict[str,
         "  by scaled_dot_product_attention": lambda: (
             fused(q, k, v, is_causal=True).sum().backward()
         ),
-        "attention, decoding, 512 rows, 30 tokens": lambda: attend(one, *cache, None),
-        "  by scaled_dot_product_attention of the cache": lambda: fused(one, *cache),
+        "attention, decoding, 512 rows, 30 tokens": lambda: attend(one, *cache, beyond),
+        "  with room for 56 tokens in the cache": lambda: attend(one, *with_gaps, None),
+        "  that by scaled_dot_product_attention": lambda: fused(one, *with_gaps),
         "nucleus of 512 rows, support 32": lambda: nucleus(z, acting),
         "  by a sort of the vocabulary": lambda: torch.sort(
             z, dim=-1, descending=True, stable=True

@@ -38,9 +38,6 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# torch.bmm hands a batch of products to the CPU's library from this many multiplications each.
-LIBRARY_PRODUCT = 400
-
 
 @dataclass(frozen=True)
 class RopeStretch:
@@ -105,12 +102,15 @@ def check_model_type(name: str) -> str:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, preallocated; the one object written in place.
+    """Keys and values of the tokens so far; the one object written in place.
 
     A head's keys lie together in memory, although a step appends one to each: to attend reads them
-    all, which is faster this way on a CPU with a small cache and no slower elsewhere
-    (docs/speed.md).
+    all, which is faster this way on a CPU with a small cache and no slower elsewhere. On a CPU room
+    is made for GROWTH tokens at a time and all of it is read, the places beyond masked: a gap after
+    each head's keys breaks the processor's reading ahead, at a third of the rate (docs/speed.md).
     """
+
+    GROWTH = 32
 
     def __init__(
         self,
@@ -120,28 +120,47 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        layers, heads, size = config.num_layers, config.num_kv_heads, config.head_size
-        shape = (layers, 2, num_rows, heads, max_length, size)
-        self.blocks = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.max_length, self.grows, self.length = max_length, device.type == "cpu", 0
+        room = 0 if self.grows else max_length  # recorded graphs keep their addresses
+        shape = (2, num_rows, config.num_kv_heads, room, config.head_size)
+        self.layers = [
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)
+        ]
+
+    def num_read(self, length: int) -> int:
+        """Places that attention reads of `length` tokens: on a CPU all there is room for."""
+        if not self.grows:
+            return length
+        return min(math.ceil(length / self.GROWTH) * self.GROWTH, self.max_length)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, J, Q, D] each -> all keys and values so far, [B, J, K, D] views.
 
-        The model moves `length` when all layers have appended.
+        K is `num_read` of the tokens so far, unwritten places 0. The model moves `length` when all
+        layers have appended.
         """
         end = self.length + keys.shape[2]
-        all_keys, all_values = self.blocks[layer, :, :, :, :end]
-        all_keys[:, :, self.length :] = keys
-        all_values[:, :, self.length :] = values
+        all_keys, all_values = self._room(layer, end)
+        all_keys[:, :, self.length : end] = keys
+        all_values[:, :, self.length : end] = values
         return all_keys, all_values
 
     def fill_from(self, prompts: KVCache, group_size: int) -> None:
         """Copy a prompt's keys and values to each member of its group: one prefill, not G."""
         self.length = prompts.length
-        seen = self.blocks[..., : self.length, :]
-        groups = rearrange(seen, "l two (p g) j k d -> l two p g j k d", g=group_size)
-        groups[:] = rearrange(prompts.blocks, "l two p j k d -> l two p 1 j k d")
+        for layer in range(len(self.layers)):
+            own, of_prompts = (
+                cache._room(layer, self.length)[..., : self.length, :] for cache in (self, prompts)
+            )
+            groups = rearrange(own, "two (p g) j k d -> two p g j k d", g=group_size)
+            groups[:] = rearrange(of_prompts, "two p j k d -> two p 1 j k d")
+
+    def _room(self, layer: int, length: int) -> Tensor:
+        """A layer's keys and values, [2, B, J, K, D], grown to the places that are read."""
+        wanted, here = self.num_read(length), self.layers[layer]
+        if here.shape[3] < wanted:
+            here = self.layers[layer] = F.pad(here, (0, 0, 0, wanted - here.shape[3]))
+        return here[..., :wanted, :]
 
 
 class RMSNorm(nn.Module):
@@ -182,17 +201,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
     q [B, H, Q, D], k and v [B, J, K, D] -> [B, H, Q, D]; query head h reads key-value head
     h // (H / J). `bias` is 0 or -inf, [B or 1, 1, Q, K]; None allows all, or, with `is_causal`
     (CUDA), the keys up to the query's own place. On a CPU two plain products beat
-    scaled_dot_product_attention in training by up to a factor of 7, and in decoding by 1.2 to 1.7
-    if no heads are grouped, once they are large enough for the library. The heads of a group are
-    folded into the query length where the kernel at hand would repeat their keys.
+    scaled_dot_product_attention, in training by up to a factor of 7 and in decoding by 1.2 to 3.
+    The heads of a group are folded into the query length where the kernel at hand would repeat
+    their keys.
     """
     group = q.shape[1] // k.shape[1]
-    if q.is_cuda:
-        has_kernel = bias is None and q.dtype != torch.float32
-    else:
-        is_large = group == 1 and k.shape[2] * k.shape[3] >= LIBRARY_PRODUCT
-        has_kernel = is_large and q.dtype != torch.bfloat16
-    if q.shape[2] == 1 and not has_kernel:
+    if q.is_cuda and q.shape[2] == 1 and (bias is not None or q.dtype == torch.float32):
         folded = rearrange(q, "b (j g) 1 d -> b j g d", g=group)
         mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
         return rearrange(mixed, "b j g d -> b (j g) 1 d")
@@ -206,18 +220,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
         bias = q.new_zeros(1, 1, 1, 1)
     heads = k.shape[1] if bias.shape[0] > 1 else 1
     biases = repeat(bias, "b 1 q k -> (b j) (g q) k", j=heads, g=group)
-    with no_copies() if q.shape[2] == 1 else nullcontext():
+    with without_onednn() if queries.shape[1] == 1 else nullcontext():
         scores = torch.baddbmm(biases, queries, keys, alpha=q.shape[3] ** -0.5)  # [B * J, G * Q, K]
         mixed = F.softmax(scores, dim=-1) @ values
     return rearrange(mixed, "(b j) (g q) d -> b (j g) q d", j=k.shape[1], g=group)
 
 
 @contextmanager
-def no_copies() -> Iterator[None]:
-    """Products of a CPU by the library that reads keys and values where they lie in their cache.
+def without_onednn() -> Iterator[None]:
+    """Products of float32 on a CPU by torch's default library, whatever was chosen.
 
-    oneDNN, which `medium` chooses, copies whatever is not in one piece: all keys so far at every
-    token. For one query, whose products are bound by memory, it has no advantage to set against it.
+    For one query of each head, where memory is the bound, oneDNN takes 1.2 to 2 times as long.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -449,14 +462,15 @@ class Transformer(nn.Module):
     ) -> R:
         """output(hidden [B, Q, E], head_weight [V, E]) of the new tokens [B, Q].
 
-        `mask` [B, K] is True on real tokens, cached ones included; None says that there is no
-        padding. Positions count real tokens. `output` runs inside so that the head can go over
-        chunks of positions, and sharded parameters are gathered when it does. With `shared` the
-        tokens are its packed ones, B = 1, without mask and cache.
+        `mask` [B, cached + Q] is True on real tokens; None says that there is no padding. Positions
+        count real tokens. `output` runs inside so that the head can go over chunks of positions,
+        and sharded parameters are gathered when it does. With `shared` the tokens are its packed
+        ones, B = 1, without mask and cache.
         """
         hidden, seen = self.embed(tokens), cache.length if cache else 0
         one = tokens if shared is None else tokens[:, : shared.row_length(tokens.shape[1])]
-        positions, bias, is_causal = _positions_and_bias(one, mask, seen, hidden.dtype)
+        num_keys = cache.num_read(seen + tokens.shape[1]) if cache else seen + one.shape[1]
+        positions, bias, is_causal = _positions_and_bias(one, mask, seen, num_keys, hidden.dtype)
         positions = positions if shared is None else shared.positions(positions)
         cos, sin = rotary(positions, self.config, hidden.dtype)
         new = NewTokens(cos, sin, bias, is_causal, self.is_fused, shared)
@@ -488,22 +502,24 @@ def last_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
 
 
 def _positions_and_bias(
-    tokens: Tensor, mask: Tensor | None, seen: int, dtype: torch.dtype
+    tokens: Tensor, mask: Tensor | None, seen: int, num_keys: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, bool]:
     """Positions [B or 1, Q], the bias of attention, and whether its causal kernel needs none."""
     num_new = tokens.shape[1]
-    steps = torch.arange(seen + num_new, device=tokens.device)
-    keys, queries = rearrange(steps, "k -> 1 1 1 k"), rearrange(steps[seen:], "q -> 1 1 q 1")
+    steps = torch.arange(num_keys, device=tokens.device)
+    own = steps[seen : seen + num_new]
+    keys, queries = rearrange(steps, "k -> 1 1 1 k"), rearrange(own, "q -> 1 1 q 1")
     allowed = keys <= queries  # [1, 1, Q, K]
     if mask is None:
-        positions = rearrange(steps[seen:], "q -> 1 q")
+        positions = rearrange(own, "q -> 1 q")
         is_causal = tokens.is_cuda and seen == 0 and num_new > 1
-        if num_new == 1 or is_causal:
+        if (num_new == 1 and num_keys == seen + 1) or is_causal:
             return positions, None, is_causal
     else:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
+        known = F.pad(mask, (0, num_keys - mask.shape[1]))
         # A padded query has nothing to look at but itself; that way no row of a softmax is empty.
-        allowed = (allowed & rearrange(mask, "b k -> b 1 1 k")) | (keys == queries)
+        allowed = (allowed & rearrange(known, "b k -> b 1 1 k")) | (keys == queries)
     bias = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device)
     return positions, bias.masked_fill(~allowed, -torch.inf), False
 

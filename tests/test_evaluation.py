@@ -76,8 +76,9 @@ class Scripted(Transformer):
     def forward(self, tokens, mask, cache, output):
         assert mask is None  # all prompts have five words: nothing is padded
         ids = tokens.float()[:, None, :, None].expand(-1, 1, -1, 2)
-        history = cache.append(0, ids, ids)[0][:, 0, :, 0].long().tolist()
+        keys, _ = cache.append(0, ids, ids)
         cache.length += tokens.shape[1]
+        history = keys[:, 0, : cache.length, 0].long().tolist()
         hidden = torch.full((len(history), tokens.shape[1], len(self.words)), -50.0)
         for row, sequence in enumerate(history):
             for token in self.next_tokens(sequence):

@@ -85,19 +85,19 @@ def test_the_gradient_of_a_padded_batch_is_that_of_its_rows():
 
 @pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 1, 3, 2], [10, 1]])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("smallest_product", "kv_heads"), [(0, 6), (10**9, 3)])
+@pytest.mark.parametrize(("growth", "kv_heads"), [(32, 6), (2, 3), (4, 6), (None, 3)])
 @torch.no_grad()
-def test_cached_equals_uncached_at_every_position(
-    pieces, padded, smallest_product, kv_heads, monkeypatch
-):
-    """By products and by the kernel, between which `attend` chooses by the size of a product."""
-    monkeypatch.setattr(transformer, "LIBRARY_PRODUCT", smallest_product)
+def test_cached_equals_uncached_at_every_position(pieces, padded, growth, kv_heads, monkeypatch):
+    """However a cache grows, and where it has all its room at once, as on a GPU."""
+    monkeypatch.setattr(KVCache, "GROWTH", growth)
     model = our_model("qwen2", num_kv_heads=kv_heads).double()
     tokens, mask = some_tokens(3, 11), None
     if padded:
         tokens, mask = left_padded([*ROWS, some_tokens(11, seed=6)], fill=0)
     full = model(tokens, mask, None, logits)
-    cache = KVCache(model.config, len(tokens), 13, tokens.device, torch.float64)
+    place = torch.device("meta" if growth is None else "cpu")
+    cache = KVCache(model.config, len(tokens), 13, place, torch.float64)
+    cache.layers = [torch.zeros_like(layer, device="cpu") for layer in cache.layers]
     done = []
     for size in pieces:
         start, end = cache.length, cache.length + size
@@ -228,10 +228,26 @@ def test_autocast_keeps_the_answer_within_the_precision_of_bfloat16():
     assert 0 < largest_difference(rounded, exact) < 0.05  # 8 bits, a few layers deep
 
 
-@pytest.mark.parametrize(("num_new", "inside"), [(1, "highest"), (2, "medium")])
-def test_one_new_token_has_no_copy_of_its_cache(num_new, inside):
-    """oneDNN copies keys that are a view of a longer cache; for one query it is put aside."""
-    cache, seen = torch.randn(2, 3, 60, 8), []
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_cache_on_a_cpu_has_no_gaps_between_heads_until_it_is_used_again(used_before):
+    keys, config = torch.ones(2, 3, 70, 10), our_model("llama").config
+    cache = KVCache(config, 2, 70, torch.device("cpu"), torch.float32)
+    if used_before:
+        cache.append(0, keys, keys)  # grown to its end
+    read = []
+    for length in (0, 31, 32, 63, 64, 69):
+        cache.length = length
+        found, _ = cache.append(0, keys[:, :, :1], keys[:, :, :1])
+        read.append(found.shape[2])
+        assert used_before or found.is_contiguous()
+    assert read == [32, 32, 64, 64, 70, 70]
+
+
+@pytest.mark.parametrize(
+    ("num_new", "key_heads", "inside"), [(1, 3, "highest"), (1, 1, "medium"), (2, 3, "medium")]
+)
+def test_one_query_of_a_head_goes_by_the_library_that_is_quicker_for_it(num_new, key_heads, inside):
+    cache, seen = torch.randn(2, key_heads, 60, 8), []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -243,10 +259,10 @@ def test_one_new_token_has_no_copy_of_its_cache(num_new, inside):
     try:
         torch.set_float32_matmul_precision("medium")
         with Watch():
-            attend(torch.randn(2, 3, num_new, 8), cache[:, :, :50], cache[:, :, :50], None)
+            attend(torch.randn(2, 3, num_new, 8), cache, cache, None)
         assert seen == [inside, inside]
         assert torch.get_float32_matmul_precision() == "medium"
-        with pytest.raises(ZeroDivisionError), transformer.no_copies():
+        with pytest.raises(ZeroDivisionError), transformer.without_onednn():
             assert torch.get_float32_matmul_precision() == "highest"
             raise ZeroDivisionError
         assert torch.get_float32_matmul_precision() == "medium"
