@@ -3,7 +3,8 @@
     model      weights, gradients and AdamW's two moments of what is trained, reference; for
                rollouts under autocast a copy of the weights as it casts them
     sampling   KV cache 2 layers J D (rows (L + C) + prompts L), logits [rows, V], prompts' prefill;
-               4 bytes each, since validation is in float32
+               4 bytes each, since validation is in float32. On a CPU the rows' part comes after the
+               prefill and grows layer by layer, one of them twice at a time
     update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
     peak       model + the larger of sampling and update, or on CUDA both: recorded graphs keep
                their tensors, of training and of two validations, and a float32 copy of the weights
@@ -15,7 +16,7 @@ gradient checkpointing E. Where rows share a prompt (`transformer.SharedPrompts`
 once, and q, k and v a second time: attention has copies of them, on CUDA of each row's whole
 sequence. In float32 with grouped heads a GPU keeps the attention weights of these as well, and
 prompts count once a row. It is an upper bound, measured on a CPU at 1.0 to 1.5 times the truth for
-an update and 1.0 to 2.0 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
+an update and 1.0 to 1.6 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
 attention weights, so it is higher there.
 """
 
@@ -113,6 +114,11 @@ def memory_estimate(
     length = work.prompt_length + work.completion_length
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * 4  # of one token
     prefilled = work.num_prefilled * work.prompt_length
+    prefill = prefilled * _bytes_of_a_block(shape, work.prompt_length, 4)
+    cache = kv * work.num_decoded * length
+    if not work.is_on_cuda:
+        cache += cache // shape.num_layers
+        prefill = max(0, prefill - cache)  # what it takes beyond what comes after it
     # Without a fused kernel attention sees whole rows, and keeps its weights for them.
     is_plain = work.is_on_cuda and not half and shape.num_heads > shape.num_kv_heads
     tokens, copied = _tokens_of_a_micro_batch(work, is_plain)
@@ -141,9 +147,9 @@ def memory_estimate(
             "copied weights": 0 if is_sharded else weights * has_graphs + cast,
         },
         sampling={
-            "KV cache": kv * (work.num_decoded * length + prefilled) * (3 if has_graphs else 1),
+            "KV cache": (cache + kv * prefilled) * (3 if has_graphs else 1),
             "logits": 5 * 4 * work.num_decoded * shape.vocab_size,
-            "prefill": prefilled * _bytes_of_a_block(shape, work.prompt_length, 4),
+            "prefill": prefill,
             "support": 2 * work.num_rows * work.completion_length * row,
             "gathered weights": weights if shards > 1 else 0,
         },

@@ -8,9 +8,9 @@ RMSNorm (1910.07467), rotary positions (2104.09864, the half-rotation layout of 
 grouped queries (2305.13245), SwiGLU (2002.05202); optional bias on q, k and v (Qwen2), RMSNorm on
 q and k (Qwen3), tied head.
 
-B rows, Q new tokens, K cached and new tokens, H heads, J key-value heads, D head size, E width,
-V vocabulary. Deviation from transformers: q, k, v and gate, up are one matrix each (one product
-instead of three and two); files keep the usual names (`hugging_face`).
+B rows, Q new tokens, K keys (places of the cache or, without one, Q), H heads, J key-value heads,
+D head size, E width, V vocabulary. Deviation from transformers: q, k, v and gate, up are one matrix
+each (one product instead of three and two); files keep the usual names (`hugging_face`).
 """
 
 from __future__ import annotations
@@ -120,24 +120,23 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.max_length, self.grows, self.length = max_length, device.type == "cpu", 0
-        room = 0 if self.grows else max_length  # recorded graphs keep their addresses
+        self.max_length, self.length = max_length, 0
+        grows = device.type == "cpu"  # elsewhere recorded graphs keep their addresses
+        self.step, room = (self.GROWTH, 0) if grows else (1, max_length)
         shape = (2, num_rows, config.num_kv_heads, room, config.head_size)
         self.layers = [
-            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)
+            torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)
         ]
 
     def num_read(self, length: int) -> int:
-        """Places that attention reads of `length` tokens: on a CPU all there is room for."""
-        if not self.grows:
-            return length
-        return min(math.ceil(length / self.GROWTH) * self.GROWTH, self.max_length)
+        """Places that attention reads when `length` are written; any beyond are finite numbers."""
+        return min(math.ceil(length / self.step) * self.step, self.max_length)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, J, Q, D] each -> all keys and values so far, [B, J, K, D] views.
 
-        K is `num_read` of the tokens so far, unwritten places 0. The model moves `length` when all
-        layers have appended.
+        K is `num_read` of the tokens so far. The model moves `length` when all layers have
+        appended.
         """
         end = self.length + keys.shape[2]
         all_keys, all_values = self._room(layer, end)
@@ -149,11 +148,10 @@ class KVCache:
         """Copy a prompt's keys and values to each member of its group: one prefill, not G."""
         self.length = prompts.length
         for layer in range(len(self.layers)):
-            own, of_prompts = (
-                cache._room(layer, self.length)[..., : self.length, :] for cache in (self, prompts)
-            )
+            own = self._room(layer, self.length)[..., : self.length, :]
             groups = rearrange(own, "two (p g) j k d -> two p g j k d", g=group_size)
-            groups[:] = rearrange(of_prompts, "two p j k d -> two p 1 j k d")
+            once = prompts._room(layer, self.length)[..., : self.length, :]
+            groups[:] = rearrange(once, "two p j k d -> two p 1 j k d")
 
     def _room(self, layer: int, length: int) -> Tensor:
         """A layer's keys and values, [2, B, J, K, D], grown to the places that are read."""
@@ -230,7 +228,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
 def without_onednn() -> Iterator[None]:
     """Products of float32 on a CPU by torch's default library, whatever was chosen.
 
-    For one query of each head, where memory is the bound, oneDNN takes 1.2 to 2 times as long.
+    For one query of each key head, where memory is the bound, oneDNN takes 1.2 to 2 times as long.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -469,7 +467,7 @@ class Transformer(nn.Module):
         """
         hidden, seen = self.embed(tokens), cache.length if cache else 0
         one = tokens if shared is None else tokens[:, : shared.row_length(tokens.shape[1])]
-        num_keys = cache.num_read(seen + tokens.shape[1]) if cache else seen + one.shape[1]
+        num_keys = cache.num_read(seen + tokens.shape[1]) if cache else one.shape[1]
         positions, bias, is_causal = _positions_and_bias(one, mask, seen, num_keys, hidden.dtype)
         positions = positions if shared is None else shared.positions(positions)
         cos, sin = rotary(positions, self.config, hidden.dtype)
@@ -517,7 +515,7 @@ def _positions_and_bias(
             return positions, None, is_causal
     else:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-        known = F.pad(mask, (0, num_keys - mask.shape[1]))
+        known = F.pad(mask, (0, num_keys - seen - num_new))
         # A padded query has nothing to look at but itself; that way no row of a softmax is empty.
         allowed = (allowed & rearrange(known, "b k -> b 1 1 k")) | (keys == queries)
     bias = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device)

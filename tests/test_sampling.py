@@ -345,6 +345,17 @@ def test_the_cache_has_the_precision_of_the_computation(model, autocast, monkeyp
     assert dtypes == {torch.bfloat16 if autocast else model.embed.weight.dtype}
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_tokens_do_not_depend_on_how_the_cache_grows(top_p, monkeypatch):
+    """Padded prompts of seven and thirteen new tokens: room for all at once, or for three more."""
+    acting = ActingPolicy(1.5, top_p, 11)
+    at_once = sampled(acting)
+    monkeypatch.setattr(KVCache, "GROWTH", 3)
+    growing = sampled(acting)
+    assert torch.equal(growing.tokens, at_once.tokens)
+    assert torch.allclose(growing.sampling_logprobs, at_once.sampling_logprobs, atol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"uniforms must have shape \[12, 13\], got \(12, 12\)"):
         sampled(uniforms=torch.zeros(12, 12))

@@ -228,6 +228,15 @@ def test_autocast_keeps_the_answer_within_the_precision_of_bfloat16():
     assert 0 < largest_difference(rounded, exact) < 0.05  # 8 bits, a few layers deep
 
 
+@torch.no_grad()
+def test_a_mask_that_leaves_out_the_cached_tokens_is_refused():
+    model, tokens = our_model(), some_tokens(3, 11)
+    cache = KVCache(model.config, 3, 13, tokens.device, torch.float32)
+    model(tokens[:, :7], None, cache, logits)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(tokens[:, 7:9], torch.ones(3, 3, dtype=torch.bool), cache, logits)
+
+
 @pytest.mark.parametrize("used_before", [False, True])
 def test_a_cache_on_a_cpu_has_no_gaps_between_heads_until_it_is_used_again(used_before):
     keys, config = torch.ones(2, 3, 70, 10), our_model("llama").config
