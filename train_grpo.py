@@ -4,7 +4,7 @@
     2  sample G completions of each                        sampling.sample_completions
     3  read the controls, simulate, score                  rollout.act
     4  compare each reward with its group's, or each       grpo.group_advantages
-       control with all others there were                  counterfactual.choice_values
+       control with all others there were                  counterfactual.ChoiceSimulator
     5  log-probs of what was sampled: now, then, reference scoring.completion_scores
     6  clipped objective and KL, summed over a minibatch   grpo.grpo_loss
     7  one AdamW step for each minibatch                   update.update_policy
@@ -38,7 +38,6 @@ from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory,
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import (
-    choice_simulator,
     make_rollout,
     rollout_metrics,
     rows_per_prompt,
@@ -291,12 +290,8 @@ def rollout_and_update(
     rollout, experience, seconds = make_rollout(
         model, training.reference, prompts, places, acting, task, reward
     )
-    updating, simulate = time.perf_counter(), None
-    if config.follow_policy and rollout.choices is not None:
-        simulate = choice_simulator(model.config.vocab_size, task, reward, training.device)
-    updated, skipped = update_policy(
-        model, training.optimizer, rollout, acting, step, rate, kernel, simulate
-    )
+    updating = time.perf_counter()
+    updated, skipped = update_policy(model, training.optimizer, rollout, acting, step, rate, kernel)
     metrics = rollout_metrics(rollout, experience) | updated | seconds
     metrics["time/update_s"] = time.perf_counter() - updating
     metrics["time/step_s"] = time.perf_counter() - began

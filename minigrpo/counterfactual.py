@@ -91,6 +91,7 @@ class ChoiceValues:
     basis: Annotated[Tensor, "V K"]  # float32
     grid: Tensor  # [NUM_NODES] float32, the nodes, m/s^2
     plans: Plans
+    simulator: ChoiceSimulator
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -113,6 +114,62 @@ class ChoiceValues:
         return (self.values * self.basis[tokens]).sum(dim=-1)
 
 
+@dataclass(frozen=True)
+class ChoiceSimulator:
+    """What a choice would have been worth: meaning of the tokens, plant, cost and reward."""
+
+    token_values: Tensor  # [V] float64, the control that a token stands for, m/s^2; NaN for words
+    eos: int
+    plant: DoubleIntegrator
+    cost: QuadraticCost
+    reward: RewardFunction
+
+    def plans_of(self, tokens: Tensor, initial_states: Tensor, group_size: int) -> Plans:
+        """The plans of completions [N, C] from initial_states [N, 2]; one token a control."""
+        check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
+        horizon = self.plant.horizon
+        written = num_written(tokens, self.token_values, self.eos, horizon)
+        controls = self.token_values[tokens[:, :horizon]].nan_to_num(0.0)
+        own = F.pad(controls, (0, horizon - controls.shape[1]))  # [N, T]
+        return Plans(initial_states, own, others_plan(own, written > horizon, group_size), written)
+
+    def values_of(self, plans: Plans, length: int) -> ChoiceValues:
+        """Simulate every choice at the first `length` tokens of the plans."""
+        horizon, bound = self.plant.horizon, self.plant.control_bound
+        device, num_rows = plans.own.device, len(plans.own)
+        own = self.plant.simulate(plans.initial_states, plans.own)
+        valid = torch.ones(num_rows, dtype=torch.bool, device=device)
+        whole = tally_of(plans.own, own, self.plant, self.cost)
+        malformed = rearrange(self.reward(whole, ~valid).total, "n -> n 1")
+        grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=device)
+        offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=device)
+        width = max(length, horizon + 1)
+        values = torch.zeros(num_rows, width, NUM_COLUMNS, device=device)
+        level = plans.own.new_zeros(num_rows, width)
+        every_row = torch.arange(num_rows, device=device)
+        for rows in torch.split(every_row, rows_at_once(own.states.is_cuda)):
+            nodes = (rearrange(plans.others[rows], "n t -> n t 1") + offsets).clamp(-bound, bound)
+            flown = own.states[rows], own.controls[rows]
+            tally = choice_tally(*flown, plans.others[rows], nodes, self.plant, self.cost)
+            worths = self.reward(tally, torch.ones_like(tally.final, dtype=torch.bool)).total
+            worths = rearrange(worths, "(t a n) -> n t a", t=horizon, a=len(offsets))
+            level[rows, :horizon] = worths[:, :, OFFSETS.index(0.0)]
+            worths = worths - rearrange(level[rows, :horizon], "n t -> n t 1")
+            on_grid = interpolated(nodes.float(), worths.float(), grid.float())
+            values[rows, :horizon, :NUM_NODES] = on_grid
+        level[:, horizon] = self.reward(whole, valid).total
+        eos_column, word_column = NUM_NODES, NUM_NODES + 1
+        of_malformed = rearrange(malformed - level, "n c -> n c 1").float()
+        values[..., eos_column : word_column + 1] = of_malformed
+        values[:, horizon, :NUM_NODES] = of_malformed[:, horizon]  # one control too many
+        values[:, horizon, eos_column] = 0.0
+        last = rearrange(plans.num_written.clamp(max=horizon), "n -> n 1")
+        is_over = torch.arange(width, device=device) > last
+        values[is_over], level[is_over] = 0.0, 0.0
+        basis = token_basis(self.token_values, grid, self.eos)
+        return ChoiceValues(values[:, :length], level[:, :length], basis, grid.float(), plans, self)
+
+
 def num_written(tokens: Tensor, token_values: Tensor, eos: int, horizon: int) -> Tensor:
     """Tokens of each row that keep the format, T controls and EOS: [N, C] -> [N], 0 to T + 1."""
     places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -129,73 +186,9 @@ def others_plan(controls: Tensor, is_whole: Tensor, group_size: int) -> Tensor:
     return rearrange((total - plans) / (count - kept).clamp(min=1), "p g t -> (p g) t")
 
 
-def read_plans(
-    tokens: Tensor,
-    token_values: Tensor,
-    eos: int,
-    initial_states: Tensor,
-    group_size: int,
-    horizon: int,
-) -> Plans:
-    """The plans of completions [N, C] from initial_states [N, 2]; one token a control.
-
-    token_values [V]: the control that a token stands for, NaN for words. On the tokens' device.
-    """
-    check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
-    written = num_written(tokens, token_values, eos, horizon)
-    controls = token_values[tokens[:, :horizon]].nan_to_num(0.0)
-    own = F.pad(controls, (0, horizon - controls.shape[1]))  # [N, T]
-    return Plans(initial_states, own, others_plan(own, written > horizon, group_size), written)
-
-
 def rows_at_once(is_on_cuda: bool) -> int:
     """Rows whose choices are simulated together: as many as fit into a CPU's cache."""
     return 1024 if is_on_cuda else 128
-
-
-def choice_values(
-    plans: Plans,
-    length: int,
-    token_values: Tensor,
-    eos: int,
-    plant: DoubleIntegrator,
-    cost: QuadraticCost,
-    reward: RewardFunction,
-) -> ChoiceValues:
-    """Simulate every choice at the first `length` tokens of the plans."""
-    horizon, bound = plant.horizon, plant.control_bound
-    device, num_rows = plans.own.device, len(plans.own)
-    own = plant.simulate(plans.initial_states, plans.own)
-    valid = torch.ones(num_rows, dtype=torch.bool, device=device)
-    whole = tally_of(plans.own, own, plant, cost)
-    malformed = rearrange(reward(whole, ~valid).total, "n -> n 1")
-    grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=device)
-    offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=device)
-    width = max(length, horizon + 1)
-    values = torch.zeros(num_rows, width, NUM_COLUMNS, device=device)
-    level = plans.own.new_zeros(num_rows, width)
-    every_row = torch.arange(num_rows, device=device)
-    for rows in torch.split(every_row, rows_at_once(own.states.is_cuda)):
-        nodes = (rearrange(plans.others[rows], "n t -> n t 1") + offsets).clamp(-bound, bound)
-        flown = own.states[rows], own.controls[rows]
-        tally = choice_tally(*flown, plans.others[rows], nodes, plant, cost)
-        worths = reward(tally, torch.ones_like(tally.final, dtype=torch.bool)).total
-        worths = rearrange(worths, "(t a n) -> n t a", t=horizon, a=len(offsets))
-        level[rows, :horizon] = worths[:, :, OFFSETS.index(0.0)]
-        worths = worths - rearrange(level[rows, :horizon], "n t -> n t 1")
-        on_grid = interpolated(nodes.float(), worths.float(), grid.float())
-        values[rows, :horizon, :NUM_NODES] = on_grid
-    level[:, horizon] = reward(whole, valid).total
-    eos_column, word_column = NUM_NODES, NUM_NODES + 1
-    of_malformed = rearrange(malformed - level, "n c -> n c 1").float()
-    values[..., eos_column : word_column + 1] = of_malformed
-    values[:, horizon, :NUM_NODES] = of_malformed[:, horizon]  # one control too many
-    values[:, horizon, eos_column] = 0.0
-    last = rearrange(plans.num_written.clamp(max=horizon), "n -> n 1")
-    is_over = torch.arange(width, device=device) > last
-    values[is_over], level[is_over] = 0.0, 0.0
-    basis = token_basis(token_values, grid, eos)
-    return ChoiceValues(values[:, :length], level[:, :length], basis, grid.float(), plans)
 
 
 def choice_tally(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import ChoiceValues, Plans, choice_values, later_values, read_plans
+from minigrpo.counterfactual import ChoiceSimulator, ChoiceValues, later_values
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
@@ -269,20 +269,16 @@ def credited(
 def choices_of(
     experience: Experience, vocab_size: int, task: Task, config: GRPOConfig, reward: RewardFunction
 ) -> ChoiceValues:
-    """`counterfactual.choice_values` of an experience, on the model's device."""
+    """What choices of an experience would have been worth, on the model's device."""
     tokens = experience.completions.tokens
-    plans = read_plans(
-        tokens,
-        token_values(task.tokenizer, vocab_size).to(tokens.device),
-        int(task.tokenizer.eos_token_id),
-        experience.trajectories.states[:, 0].to(tokens.device),
-        config.group_size,
-        task.plant.horizon,
-    )
+    numbers, eos = token_values(task.tokenizer, vocab_size), int(task.tokenizer.eos_token_id)
+    simulator = ChoiceSimulator(numbers.to(tokens.device), eos, task.plant, task.cost, reward)
+    starts = experience.trajectories.states[:, 0].to(tokens.device)
+    plans = simulator.plans_of(tokens, starts, config.group_size)
     is_whole = plans.num_written.cpu() > task.plant.horizon
     if not torch.equal(is_whole, experience.parsed.is_valid):
         raise ValueError("tokens and text must agree on what is well-formed: one token a control")
-    choices = choice_simulator(vocab_size, task, reward, tokens.device)(plans, tokens.shape[1])
+    choices = simulator.values_of(plans, tokens.shape[1])
     if bool(is_whole.any()):
         # The median, since steps of a reward may fall otherwise where a device rounds otherwise.
         at_end = choices.level.cpu()[is_whole, task.plant.horizon]
@@ -290,19 +286,6 @@ def choices_of(
         if ((at_end - rewards) / (1 + rewards.abs())).abs().median() > 1e-4:
             raise ValueError("credit must be completion where rewards are not the simulator's")
     return choices
-
-
-def choice_simulator(
-    vocab_size: int, task: Task, reward: RewardFunction, device: torch.device
-) -> Callable[[Plans, int], ChoiceValues]:
-    """`counterfactual.choice_values` of plans on the device and a completion length."""
-    values = token_values(task.tokenizer, vocab_size).to(device)
-    eos = int(task.tokenizer.eos_token_id)
-
-    def simulate(plans: Plans, length: int) -> ChoiceValues:
-        return choice_values(plans, length, values, eos, task.plant, task.cost, reward)
-
-    return simulate
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:

@@ -8,7 +8,7 @@ the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import ChoiceValues, Plans
 from minigrpo.distributed import backward, gather_rows, max_over_ranks, sum_over_ranks
 from minigrpo.grpo import (
     LossMetrics,
@@ -43,13 +42,11 @@ def update_policy(
     step: int,
     learning_rate: float,
     kernel: Tensor | None = None,
-    simulate: Callable[[Plans, int], ChoiceValues] | None = None,
 ) -> tuple[dict[str, float], list[bool]]:
     """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate.
 
     Where a minibatch finds the policy further than `target_kl` from the one that sampled, it and
-    those after it are left out. With `optim.smooth_gradients` by the kernel. `simulate` finds the
-    values of choices at plans that moved with the policy; None keeps those of the rollout.
+    those after it are left out. With `optim.smooth_gradients` by the kernel.
 
     Returned, the same on all ranks: metrics (loss/..., update/..., policy/entropy and
     rollout/logprob_gap_max), and of each optimizer step whether it was skipped, because its
@@ -61,8 +58,8 @@ def update_policy(
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
         # The first step is at the weights that sampled, where nothing has moved yet.
-        moved = simulate if found else None
-        found.append(accumulate_gradient(model, rollout, rows, config, moved))
+        has_moved = bool(found) and config.follow_policy
+        found.append(accumulate_gradient(model, rollout, rows, config, has_moved))
         drifts.append(drift_of(found[-1][0]))
         if config.target_kl and drifts[-1] > config.target_kl:
             break
@@ -111,7 +108,7 @@ def accumulate_gradient(
     rollout: Rollout,
     rows: Tensor,
     config: GRPOConfig,
-    simulate: Callable[[Plans, int], ChoiceValues] | None = None,
+    has_moved: bool = False,
 ) -> tuple[LossMetrics, Tensor, Tensor]:
     """Backward over the micro-batches of one optimizer step.
 
@@ -149,7 +146,7 @@ def accumulate_gradient(
                 config.temperature,
                 None if choices is None else choices.basis,
             )
-        expected = expected_values(rollout, chosen, scores.mass, simulate)
+        expected = expected_values(rollout, chosen, scores.mass, has_moved)
         loss, metrics = grpo_loss(
             scores.logprobs,
             old,
@@ -172,26 +169,23 @@ def accumulate_gradient(
 
 
 def expected_values(
-    rollout: Rollout,
-    rows: Tensor,
-    mass: Tensor | None,
-    simulate: Callable[[Plans, int], ChoiceValues] | None,
+    rollout: Rollout, rows: Tensor, mass: Tensor | None, has_moved: bool
 ) -> Tensor | None:
     """sum_a q(a) W(a) of some rows [M], in units of the advantages: mass [M, C, K] -> [M, C].
 
-    With `simulate` W is that of plans in which each control has moved as its mean has.
+    If the policy has moved, W is simulated again at plans whose controls moved as their means did.
     """
     choices, unit, before = rollout.choices, rollout.choice_unit, rollout.mean_offsets
     if choices is None or unit is None or before is None or mass is None:
         return None
     values = choices.values[rows]
-    if simulate is not None:
+    if has_moved:
         shift = choices.mean_offset(mass.detach(), rollout.completion_tokens[rows]) - before[rows]
         shift = torch.where(rollout.completion_mask[rows], shift, 0.0)
         horizon, length = choices.plans.own.shape[1], values.shape[1]
         shift = F.pad(shift, (0, horizon - length))  # cut, where completions are longer
         moved = choices.plans.moved(rows, shift, bound=choices.grid[-1])
-        values = simulate(moved, length).values
+        values = choices.simulator.values_of(moved, length).values
     return (mass * values).sum(dim=-1) * rearrange(unit[rows], "n -> n 1")
 
 

@@ -36,7 +36,7 @@ EDGES = {
     "scoring lora prompts sampling reward tokenizer data",
     "evaluation": "config shapes distributed transformer double_integrator policy lqr prompts "
     "reward data rollout",
-    "update": "config counterfactual distributed transformer grpo optim scoring rollout",
+    "update": "config distributed transformer grpo optim scoring rollout",
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer hugging_face double_integrator lora runs lqr "
     "prompts tokenizer data rollout",

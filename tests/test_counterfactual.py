@@ -10,15 +10,14 @@ from torch import Tensor
 
 from minigrpo.counterfactual import (
     OFFSETS,
+    ChoiceSimulator,
     ChoiceValues,
     Plans,
     choice_tally,
-    choice_values,
     interpolated,
     later_values,
     num_written,
     others_plan,
-    read_plans,
     token_basis,
 )
 from minigrpo.double_integrator import DoubleIntegrator
@@ -52,8 +51,8 @@ def plans_of(num_rows: int, written: Tensor) -> Plans:
 
 
 def values_of(tokens: Tensor, starts: Tensor, size: int, reward) -> ChoiceValues:
-    plans = read_plans(tokens, NUMBERS, EOS, starts, size, PLANT.horizon)
-    return choice_values(plans, tokens.shape[1], NUMBERS, EOS, PLANT, QuadraticCost(), reward)
+    simulator = ChoiceSimulator(NUMBERS, EOS, PLANT, QuadraticCost(), reward)
+    return simulator.values_of(simulator.plans_of(tokens, starts, size), tokens.shape[1])
 
 
 def token(control: float) -> int:
@@ -103,7 +102,7 @@ def gradient_by_enumeration(credit_lambda: float) -> tuple[Tensor, Tensor]:
         level = torch.tensor([[5.0, -2.0, 3.0]] * 2).double() * (values != 0).any(dim=-1)
         values = values - level[..., None]
         basis, plans = torch.eye(3, dtype=torch.float64), plans_of(2, written)
-        choices = ChoiceValues(values, level, basis, torch.zeros(2), plans)
+        choices = ChoiceValues(values, level, basis, torch.zeros(2), plans, None)
         tokens = torch.tensor([[*row, *[2] * (3 - len(row))] for row in group])
         beyond = [torch.full((3,), 1 / 3, dtype=torch.float64)] * 3  # whatever: the row has ended
         q = [
@@ -310,7 +309,7 @@ def test_later_values_are_a_slow_loops(credit_lambda: float) -> None:
     tokens = torch.randint(7, (6, length), generator=generator)
     expected = torch.randn(6, length, generator=generator)
     level = torch.randn(6, length, generator=generator, dtype=torch.float64)
-    choices = ChoiceValues(values, level, basis, torch.zeros(2), plans_of(6, written))
+    choices = ChoiceValues(values, level, basis, torch.zeros(2), plans_of(6, written), None)
     got = later_values(choices, tokens, expected, credit_lambda)
     sums = torch.zeros(6, length, dtype=torch.float64)
     for n in range(6):
@@ -415,8 +414,8 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
         return tally_rewards(tally, is_valid, "progress", 50, RewardWeights())
 
     eos = int(tokenizer.eos_token_id)
-    rows = read_plans(tokens, numbers, eos, starts, size, 50)
-    choices = choice_values(rows, 51, numbers, eos, plant, QuadraticCost(), reward)
+    simulator = ChoiceSimulator(numbers, eos, plant, QuadraticCost(), reward)
+    choices = simulator.values_of(simulator.plans_of(tokens, starts, size), 51)
     got = choices.values @ choices.basis.T + choices.level[..., None]  # [8, 51, V]
     controls, errors, sizes = numbers[tokens[:, :50]], [], []
     for n, k in itertools.product((0, 5), (0, 3, 10, 20, 40)):
@@ -481,7 +480,7 @@ def test_values_of_moved_plans_are_those_of_plans_written_so() -> None:
     shift = 0.3 * torch.randn(3, 3, generator=torch.Generator().manual_seed(14)).double()
     shift[2, 1] = 5.0
     moved = choices.plans.moved(rows, shift, torch.tensor(PLANT.control_bound))
-    got = choice_values(moved, 5, NUMBERS, EOS, PLANT, QuadraticCost(), progress)
+    got = choices.simulator.values_of(moved, 5)
     table = torch.einsum("nck,vk->ncv", got.values, got.basis).double() + got.level[..., None]
     assert moved.own[2, 1] == PLANT.control_bound
     for i, n in enumerate(rows.tolist()):

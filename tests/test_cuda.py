@@ -6,7 +6,7 @@ The CPU is the oracle, in float32 with exact products. Skipped where there is no
 import pytest
 import torch
 
-from minigrpo.counterfactual import choice_values, later_values, read_plans
+from minigrpo.counterfactual import ChoiceSimulator, later_values
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy
@@ -205,8 +205,9 @@ def test_values_of_choices_are_those_of_the_cpu():
     for device in ("cpu", "cuda"):
         rows = tokens.to(device)
         values = numbers.to(device)
-        plans = read_plans(rows, values, eos, starts.to(device), 3, plant.horizon)
-        choices = choice_values(plans, 9, values, eos, plant, QuadraticCost(), reward)
+        simulator = ChoiceSimulator(values, eos, plant, QuadraticCost(), reward)
+        plans = simulator.plans_of(rows, starts.to(device), 3)
+        choices = simulator.values_of(plans, 9)
         expected = choices.values.mean(dim=2)
         parts = [value for value in vars(choices).values() if isinstance(value, torch.Tensor)]
         parts += [*vars(plans).values(), later_values(choices, rows, expected, 0.7)]

@@ -18,7 +18,7 @@ from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
 from minigrpo.evaluation import validation_metrics
 from minigrpo.policy import ActingPolicy
-from minigrpo.rollout import act, choice_simulator, make_rollout, rollout_metrics
+from minigrpo.rollout import act, make_rollout, rollout_metrics
 from minigrpo.sampling import StopRule, _Batch, _Decoder, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 from minigrpo.update import update_policy
@@ -117,7 +117,7 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
     monkeypatch.setattr(scoring, "SHARED_FROM", shared_from)
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", chunk)
     folder = untrained_checkpoint(tmp_path / "init")
-    shape, task, _ = load_task(folder)
+    _, task, _ = load_task(folder)
     settings = {
         "init": str(folder), "prompts_per_step": 3, "group_size": 4, "micro_batch_size": 4,
         "temperature": 1.2, "support_size": 5, "kl_beta": 0.0, "advantage_std": "batch",
@@ -138,10 +138,7 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
         for name, value in held.items():
             if isinstance(value, Tensor) and name not in host:
                 assert value.device == device, name
-        updated, _ = update_policy(
-            model, torch.optim.SGD(trained, 0.0), rollout, config, 0, 0.1, None,
-            choice_simulator(shape.vocab_size, task, reward, device),
-        )  # fmt: skip
+        updated, _ = update_policy(model, torch.optim.SGD(trained, 0.0), rollout, config, 0, 0.1)
         found = rollout_metrics(rollout, experience) | updated
         return found | validation_metrics(model, starts.validation[:3], task, 0)
 

@@ -18,7 +18,7 @@ import train_grpo
 import train_sft
 from minigrpo import memory, scoring
 from minigrpo.config import GRPOConfig, SFTConfig
-from minigrpo.counterfactual import NUM_COLUMNS, Plans, choice_values, rows_at_once
+from minigrpo.counterfactual import NUM_COLUMNS, ChoiceSimulator, Plans, rows_at_once
 from minigrpo.data import SFTBatch, Task
 from minigrpo.distributed import process_group, rank
 from minigrpo.double_integrator import DoubleIntegrator
@@ -343,8 +343,9 @@ def test_choices_take_what_is_estimated(rows: int) -> None:
     own = torch.randn(rows, 50, generator=draw, dtype=torch.float64)
     plans = Plans(own[:, :2], own, own.flip(0), torch.full((rows,), 51))
     reward = partial(tally_rewards, kind="progress", horizon=50, weights=RewardWeights())
+    simulator = ChoiceSimulator(numbers, 0, plant, QuadraticCost(), reward)
     with Watch(own, numbers) as watch:
-        got = choice_values(plans, 51, numbers, 0, plant, QuadraticCost(), reward)
+        got = simulator.values_of(plans, 51)
     together = min(rows, rows_at_once(False))
     work = Workload(
         5, 51, rows, rows, 1, num_rows=rows, num_nodes=NUM_COLUMNS, num_simulated=together

@@ -12,7 +12,7 @@ from benchmarks.full_softmax import scored_by_the_whole_softmax
 from minigrpo import rollout as rollout_module
 from minigrpo import update as update_module
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import later_values
+from minigrpo.counterfactual import ChoiceSimulator, later_values
 from minigrpo.data import Prompts, Task, make_prompts, make_task, token_uniforms
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost, trajectory_cost
@@ -23,7 +23,6 @@ from minigrpo.reward import Rewards, Tally
 from minigrpo.rollout import (
     Experience,
     Rollout,
-    choice_simulator,
     choices_of,
     make_rollout,
     minibatches,
@@ -475,21 +474,21 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precisio
     rollout, _ = rolled(config, model=model)
     assert rollout.choices is not None and rollout.mean_offsets is not None
     assert rollout.mean_offsets[rollout.completion_mask].abs().max() > 0.3
-    plans, simulate = (
-        rollout.choices.plans,
-        choice_simulator(VOCAB, TASK, final_distance, torch.device("cpu")),
-    )
-    seen = []
+    plans, seen = rollout.choices.plans, []
 
-    def watched(moved, length):
-        seen.append((moved.own, simulate(moved, length).values))
-        return simulate(moved, length)
+    class Watched(ChoiceSimulator):
+        def values_of(self, plans, length):
+            found = super().values_of(plans, length)
+            seen.append((plans.own, found.values))
+            return found
 
+    simulator = Watched(**vars(rollout.choices.simulator))
+    rollout = replace(rollout, choices=replace(rollout.choices, simulator=simulator))
     again = torch.arange(9, 15)  # the last two of five groups
     for rate, is_still in ((0.0, True), (0.3, False)):
         seen.clear()
         descent = torch.optim.SGD(model.parameters())
-        update_policy(model, descent, rollout, config, 0, rate, None, watched)
+        update_policy(model, descent, rollout, config, 0, rate)
         own, values = (torch.cat(parts) for parts in zip(*seen, strict=True))
         distance = (own - plans.own[again]).abs().max()
         assert distance < 1e-5 if is_still else distance > 1e-3

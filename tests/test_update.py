@@ -166,7 +166,7 @@ def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
     basis = torch.randn(VOCAB, 4, generator=generator, dtype=torch.float64)
     level, advantages = torch.randn(2, 15, LONGEST, generator=generator, dtype=torch.float64)
     unit = torch.rand(15, generator=generator, dtype=torch.float64) + 0.5
-    choices = ChoiceValues(values, level, basis, torch.zeros(2).double(), some_plans())
+    choices = ChoiceValues(values, level, basis, torch.zeros(2).double(), some_plans(), None)
     rollout = a_rollout(
         advantages=advantages,
         choices=choices,
@@ -256,24 +256,28 @@ def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
     basis = torch.rand(VOCAB, 5, generator=generator, dtype=torch.float64)
     level, before = torch.randn(2, 15, LONGEST, generator=generator, dtype=torch.float64)
     unit = torch.rand(15, generator=generator, dtype=torch.float64) + 0.5
-    choices = ChoiceValues(values, level, basis, grid, plans)
+    seen: list[Plans] = []
+
+    class Simulator:
+        def values_of(self, moved: Plans, length: int) -> ChoiceValues:
+            seen.append(moved)
+            same = plans.initial_states == moved.initial_states[:, None]
+            rows = same.all(dim=2).nonzero()[:, 1]
+            return ChoiceValues(
+                again[rows, :length], level[rows, :length], basis, grid, moved, self
+            )
+
+    choices = ChoiceValues(values, level, basis, grid, plans, Simulator())
     rollout = a_rollout(
         advantages=level, choices=choices, choice_unit=unit, mean_offsets=0.1 * before,
         old_logprobs=as_matrix(slow_logprobs(a_model().double(), a_rollout(), 0.7)),
     )  # fmt: skip
     config = replace(CONFIG, num_minibatches=2, max_grad_norm=1e9)
-    seen: list[Plans] = []
-
-    def simulate(moved: Plans, length: int) -> ChoiceValues:
-        seen.append(moved)
-        rows = (plans.initial_states == moved.initial_states[:, None]).all(dim=2).nonzero()[:, 1]
-        return ChoiceValues(again[rows, :length], level[rows, :length], basis, grid, moved)
-
     model = a_model().double()
     gradients: list[Tensor] = []
     descent = torch.optim.SGD(model.parameters())
     descent.register_step_pre_hook(lambda *_: gradients.append(gradient_of(model).clone()))
-    update_policy(model, descent, rollout, config, 0, 0.0, None, simulate)  # rate 0
+    update_policy(model, descent, rollout, config, 0, 0.0)  # rate 0
     first, second = torch.arange(9), torch.arange(9, 15)  # 3 and 2 groups
     settings = replace(config, num_minibatches=1)
     assert torch.allclose(gradients[0], gradient_by(rollout, settings, first), atol=1e-12)
