@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigrpo.checkpoint import Manifest, load_task, save_batch
-from minigrpo.config import GRPOConfig, Resolved, Value, resolve
+from minigrpo.config import GRPOConfig, Resolved, resolve
 from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
 from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_starts, training_starts
 from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
@@ -49,19 +49,6 @@ from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training, given_and_saved, opened
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
-
-LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
-    {"micro_batch_size": 1},
-    {"rows_per_batch": 16},
-    {"gradient_checkpointing": True},
-    {"kl_beta": 0.0},
-    {"lora_rank": 16},
-    {"parallel": "fsdp"},
-    {
-        "micro_batch_size": 1, "rows_per_batch": 16, "gradient_checkpointing": True,
-        "lora_rank": 16,
-    },
-)  # fmt: skip
 
 
 def batch_arithmetic(config: GRPOConfig) -> str:
@@ -241,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # All that may refuse the run comes before --overwrite deletes the one that is there.
         check_batch(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
-        memory = check_memory(estimate, config, LESS_MEMORY, device)
+        memory = check_memory(estimate, config, device)
         model = build(config)
         with opened(config, device) as (run, stop):
             reference = None

@@ -48,15 +48,6 @@ from minigrpo.tokenizer import (
 from minigrpo.training import Training, given_and_saved, opened
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
-LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
-    {"micro_batch_size": 1},
-    {"gradient_checkpointing": True},
-    {"lora_rank": 16},
-    {"parallel": "fsdp"},
-    {"rows_per_batch": 16},
-    {"micro_batch_size": 1, "gradient_checkpointing": True, "lora_rank": 16, "rows_per_batch": 16},
-)
-
 # What only a model that is made here has: tokens that are numbers, and a shape to choose.
 OF_NUMBERS = ("demonstration_noise", "weight_noise", "smoothing_width", "gradient_smoothing_width")
 OF_SHAPE = ("width", "mlp_width", "num_layers", "num_heads", "rope_theta", "tied_head")
@@ -118,13 +109,6 @@ def estimate_memory(
         is_on_cuda=is_on_cuda,
     )
     return memory_estimate(shape, config, work, world_size(), local_world_size())
-
-
-def less_memory(config: SFTConfig) -> list[dict[str, Value]]:
-    """LESS_MEMORY, for preset tiny without the adapters, which it refuses."""
-    refused = {"lora_rank"} if config.preset == "tiny" else set()
-    changes = ({k: v for k, v in change.items() if k not in refused} for change in LESS_MEMORY)
-    return [change for change in changes if change]
 
 
 def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:
@@ -201,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with process_group(config.device) as device:
         # All that may refuse the run comes before --overwrite deletes the one that is there.
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
-        memory = check_memory(estimate, config, less_memory(config), device)
+        memory = check_memory(estimate, config, device)
         model = build(shape, task, weights, config)
         with opened(config, device) as (run, stop):
             place_model(model, model.blocks, device, config.parallel)

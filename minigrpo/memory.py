@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +40,18 @@ from minigrpo.transformer import Transformer, TransformerConfig
 C = TypeVar("C", bound=RunSettings)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNKNOWN = sys.maxsize  # bytes free
-OF_A_RUN = ("lora_rank",)  # what a resumed run keeps
+LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
+    {"micro_batch_size": 1},
+    {"rows_per_batch": 16},
+    {"gradient_checkpointing": True},
+    {"kl_beta": 0.0},
+    {"lora_rank": 16},
+    {"parallel": "fsdp"},
+    {
+        "micro_batch_size": 1, "rows_per_batch": 16, "gradient_checkpointing": True,
+        "lora_rank": 16,
+    },
+)  # fmt: skip
 LIMITS = {  # of a control group, by its controller's name in version 2 and 1: folder, files
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -193,12 +204,7 @@ def _bytes_of_a_block(shape: TransformerConfig, num_keys: int, narrow: int) -> i
     return 4 * 4 * shape.width + normed + narrow * inner
 
 
-def check_memory(
-    estimate: Callable[[C], MemoryEstimate],
-    config: C,
-    changes: Sequence[dict[str, Value]],
-    device: torch.device,
-) -> str:
+def check_memory(estimate: Callable[[C], MemoryEstimate], config: C, device: torch.device) -> str:
     """The lines to print; ValueError if it does not fit, with a note of what changes would need.
 
     Called on every rank: the one with the least free memory decides for all.
@@ -215,9 +221,11 @@ def check_memory(
     if peak <= free:
         return f"{lines}\n{estimated.table()}"
     refusal, helpful = f"the run must fit into memory, got {found}", []
-    kept = OF_A_RUN if config.resume else ()
-    for wanted in changes:
-        change = {name: value for name, value in wanted.items() if name not in kept}
+    known = set(vars(config))
+    if config.resume or getattr(config, "preset", None) == "tiny":
+        known.remove("lora_rank")  # a run keeps its adapters, and preset tiny refuses any
+    for wanted in LESS_MEMORY:
+        change = {name: value for name, value in wanted.items() if name in known}
         less = estimate(replace(config, **change)).peak  # type: ignore[arg-type]  # of its fields
         if less < 0.99 * estimated.peak:
             flags = " ".join(_flag(name, value) for name, value in change.items())

@@ -475,7 +475,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     *advice, last = caught.value.__notes__[0].partition("GiB with\n")[2].splitlines()
     assert last == "or, as the estimate is an upper bound, --memory-check warn"
     known = [" ".join(f"--{name.replace('_', '-')}" for name in change)
-             for change in train_grpo.LESS_MEMORY]  # fmt: skip
+             for change in memory.LESS_MEMORY]  # fmt: skip
     flags = [" ".join(w for w in line.split() if w.startswith("--")) for line in advice]
     assert len(flags) > 1 and set(flags) <= set(known)
     with pytest.raises(ValueError, match=r"must fit into memory") as caught:
@@ -483,7 +483,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     *advice, _ = caught.value.__notes__[0].partition("GiB with\n")[2].splitlines()
     for line in advice:  # the tiny model can follow all of it
         train_sft.settings(line.split()[1:])
-    assert advice[-1].endswith("--micro-batch-size 1 --gradient-checkpointing --rows-per-batch 16")
+    assert advice[-1].endswith("--micro-batch-size 1 --rows-per-batch 16 --gradient-checkpointing")
 
 
 def test_advice_is_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,7 +499,7 @@ def test_advice_is_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", gib(8))
     with pytest.raises(ValueError) as caught:
         device, config = torch.device("cpu"), GRPOConfig(micro_batch_size=64)
-        check_memory(estimate, config, train_grpo.LESS_MEMORY, device)
+        check_memory(estimate, config, device)
     lines = caught.value.__notes__[0].partition("GiB with\n")[2].splitlines()[:-1]
     advice = [(line.split()[1], float(line.split()[0])) for line in lines]
     assert [name for name, _ in advice] == [  # fewer rows decoded would not help: the update would
@@ -521,17 +521,17 @@ def test_advice_that_saves_less_than_a_hundredth_is_not_given(
     def estimate(config: SFTConfig) -> MemoryEstimate:
         return MemoryEstimate({"weights": 2**31}, {}, {"rows": config.micro_batch_size * 2**20})
 
-    config, changes = (
-        SFTConfig(micro_batch_size=100),
-        tuple({"micro_batch_size": size} for size in (90, 70)),
-    )
+    config = SFTConfig(micro_batch_size=100)
+    changes = tuple({"micro_batch_size": size} for size in (90, 70))
+    monkeypatch.setattr(memory, "LESS_MEMORY", changes)
     with pytest.raises(ValueError) as caught:
-        check_memory(estimate, config, changes, torch.device("cpu"))
+        check_memory(estimate, config, torch.device("cpu"))
     assert caught.value.__notes__[0].splitlines()[-3:-1] == [
         "GiB with", "      2.07  --micro-batch-size 70",
     ]  # fmt: skip
+    monkeypatch.setattr(memory, "LESS_MEMORY", changes[:1])
     with pytest.raises(ValueError) as caught:
-        check_memory(estimate, config, changes[:1], torch.device("cpu"))
+        check_memory(estimate, config, torch.device("cpu"))
     assert "GiB with" not in caught.value.__notes__[0]
 
 
@@ -547,7 +547,7 @@ def test_advice_for_a_resumed_run_can_be_followed(monkeypatch: pytest.MonkeyPatc
     for resume in (False, True):
         with pytest.raises(ValueError) as caught:
             config = GRPOConfig(resume=resume)
-            check_memory(estimate, config, train_grpo.LESS_MEMORY, torch.device("cpu"))
+            check_memory(estimate, config, torch.device("cpu"))
         found.append(caught.value.__notes__[0].count)
     assert found[0]("--lora-rank") > 0 == found[1]("--lora-rank")
     assert all(found[1](flag) > 0 for flag in ("--rows-per-batch 16\n", "--micro-batch-size 1 "))
@@ -556,7 +556,7 @@ def test_advice_for_a_resumed_run_can_be_followed(monkeypatch: pytest.MonkeyPatc
 def test_what_fits_is_a_table_of_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = MemoryEstimate({"weights": 2**30, "reference": 0}, {"KV cache": 2**31}, {"a": 2**29})
     monkeypatch.setattr(memory, "free_memory", gib(3.5))
-    text = check_memory(lambda config: estimate, SFTConfig(), (), torch.device("cpu"))
+    text = check_memory(lambda config: estimate, SFTConfig(), torch.device("cpu"))
     assert text.splitlines() == [
         "memory estimate: 3.00 of the 3.50 GiB free on cpu, the larger of sampling and update "
         "beside the model",
@@ -566,7 +566,7 @@ def test_what_fits_is_a_table_of_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(memory, "free_memory", gib(2.99))
     with pytest.raises(ValueError, match=r"got 3\.00 of the 2\.99 GiB"):
-        check_memory(partial(lambda config: estimate), SFTConfig(), (), torch.device("cpu"))
+        check_memory(partial(lambda config: estimate), SFTConfig(), torch.device("cpu"))
 
 
 def test_one_flag_gets_past_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +574,7 @@ def test_one_flag_gets_past_the_estimate(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def checked(kind: str) -> str:
         config = SFTConfig(memory_check=kind)
-        return check_memory(lambda config: estimate, config, (), torch.device("cpu"))
+        return check_memory(lambda config: estimate, config, torch.device("cpu"))
 
     monkeypatch.setattr(memory, "free_memory", gib(1))
     warned = checked("warn").splitlines()
@@ -592,7 +592,7 @@ def refused_with(free: tuple[float, float]) -> str:
         memory.free_memory = gib(free[rank()])
         estimate = MemoryEstimate({"weights": 2**31}, {}, {})
         try:
-            return check_memory(lambda config: estimate, SFTConfig(), (), device)
+            return check_memory(lambda config: estimate, SFTConfig(), device)
         except ValueError as error:
             return f"refused: {error}"
 
@@ -661,7 +661,7 @@ def test_a_machine_that_does_not_tell_its_free_memory_runs_all_the_same(
 ) -> None:
     monkeypatch.setattr(memory, "PROC", tmp_path / "none")
     estimate = MemoryEstimate({"weights": 2**50}, {}, {})
-    told = check_memory(lambda config: estimate, SFTConfig(), (), torch.device("cpu"))
+    told = check_memory(lambda config: estimate, SFTConfig(), torch.device("cpu"))
     assert told.startswith("memory estimate: 1048576.00 GiB, free memory unknown, the larger of")
 
 
