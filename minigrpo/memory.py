@@ -16,7 +16,7 @@ gradient checkpointing E. Where rows share a prompt (`transformer.SharedPrompts`
 once, and q, k and v a second time: attention has copies of them, on CUDA of each row's whole
 sequence. In float32 with grouped heads a GPU keeps the attention weights of these as well, and
 prompts count once a row. It is an upper bound, measured on a CPU at 1.0 to 1.5 times the truth for
-an update and 1.0 to 1.6 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
+an update and 1.0 to 1.5 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
 attention weights, so it is higher there.
 """
 
