@@ -228,13 +228,15 @@ def test_autocast_keeps_the_answer_within_the_precision_of_bfloat16():
     assert 0 < largest_difference(rounded, exact) < 0.05  # 8 bits, a few layers deep
 
 
+@pytest.mark.parametrize("width", [3, 11, 13])
 @torch.no_grad()
-def test_a_mask_that_leaves_out_the_cached_tokens_is_refused():
-    model, tokens = our_model(), some_tokens(3, 11)
+def test_a_mask_of_other_tokens_than_the_cached_and_the_new_is_refused(width):
+    """Seven are cached and one is new; 13 places are read."""
+    model, tokens = our_model(num_kv_heads=6), some_tokens(3, 8)
     cache = KVCache(model.config, 3, 13, tokens.device, torch.float32)
     model(tokens[:, :7], None, cache, logits)
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        model(tokens[:, 7:9], torch.ones(3, 3, dtype=torch.bool), cache, logits)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        model(tokens[:, 7:], torch.ones(3, width, dtype=torch.bool), cache, logits)
 
 
 @pytest.mark.parametrize("used_before", [False, True])
