@@ -4,7 +4,7 @@
     2  sample G completions of each                        sampling.sample_completions
     3  read the controls, simulate, score                  rollout.act
     4  compare each reward with its group's, or each       grpo.group_advantages
-       control with all others there were                  counterfactual.ChoiceSimulator
+       control with all others there were                  rollout.choices_of
     5  log-probs of what was sampled: now, then, reference scoring.completion_scores
     6  clipped objective and KL, summed over a minibatch   grpo.grpo_loss
     7  one AdamW step for each minibatch                   update.update_policy
@@ -37,12 +37,7 @@ from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
 from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
-from minigrpo.rollout import (
-    make_rollout,
-    rollout_metrics,
-    rows_per_prompt,
-    sample_records,
-)
+from minigrpo.rollout import make_rollout, rollout_metrics, rows_per_prompt, sample_records
 from minigrpo.runs import check_apart, run_command, set_matmul_precision
 from minigrpo.scoring import shared_from
 from minigrpo.tokenizer import gradient_kernel

@@ -91,7 +91,7 @@ class ChoiceValues:
     basis: Annotated[Tensor, "V K"]  # float32
     grid: Tensor  # [NUM_NODES] float32, the nodes, m/s^2
     plans: Plans
-    simulator: ChoiceSimulator
+    simulator: ChoiceSimulator  # makes those of plans that moved
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -116,13 +116,16 @@ class ChoiceValues:
 
 @dataclass(frozen=True)
 class ChoiceSimulator:
-    """What a choice would have been worth: meaning of the tokens, plant, cost and reward."""
+    """Makes `ChoiceValues` of plans: all that these depend on but the plans."""
 
-    token_values: Tensor  # [V] float64, the control that a token stands for, m/s^2; NaN for words
+    token_values: Annotated[Tensor, "V"]  # float64, m/s^2, what a token stands for; NaN: a word
     eos: int
     plant: DoubleIntegrator
     cost: QuadraticCost
     reward: RewardFunction
+
+    def __post_init__(self) -> None:
+        check_record(self)
 
     def plans_of(self, tokens: Tensor, initial_states: Tensor, group_size: int) -> Plans:
         """The plans of completions [N, C] from initial_states [N, 2]; one token a control."""
@@ -137,9 +140,9 @@ class ChoiceSimulator:
         """Simulate every choice at the first `length` tokens of the plans."""
         horizon, bound = self.plant.horizon, self.plant.control_bound
         device, num_rows = plans.own.device, len(plans.own)
-        own = self.plant.simulate(plans.initial_states, plans.own)
+        flown = self.plant.simulate(plans.initial_states, plans.own)
         valid = torch.ones(num_rows, dtype=torch.bool, device=device)
-        whole = tally_of(plans.own, own, self.plant, self.cost)
+        whole = tally_of(plans.own, flown, self.plant, self.cost)
         malformed = rearrange(self.reward(whole, ~valid).total, "n -> n 1")
         grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=device)
         offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=device)
@@ -147,10 +150,10 @@ class ChoiceSimulator:
         values = torch.zeros(num_rows, width, NUM_COLUMNS, device=device)
         level = plans.own.new_zeros(num_rows, width)
         every_row = torch.arange(num_rows, device=device)
-        for rows in torch.split(every_row, rows_at_once(own.states.is_cuda)):
+        for rows in torch.split(every_row, rows_at_once(flown.states.is_cuda)):
             nodes = (rearrange(plans.others[rows], "n t -> n t 1") + offsets).clamp(-bound, bound)
-            flown = own.states[rows], own.controls[rows]
-            tally = choice_tally(*flown, plans.others[rows], nodes, self.plant, self.cost)
+            own = flown.states[rows], flown.controls[rows]
+            tally = choice_tally(*own, plans.others[rows], nodes, self.plant, self.cost)
             worths = self.reward(tally, torch.ones_like(tally.final, dtype=torch.bool)).total
             worths = rearrange(worths, "(t a n) -> n t a", t=horizon, a=len(offsets))
             level[rows, :horizon] = worths[:, :, OFFSETS.index(0.0)]

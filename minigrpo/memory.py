@@ -3,8 +3,9 @@
     model      weights, gradients and AdamW's two moments of what is trained, reference; for
                rollouts under autocast a copy of the weights as it casts them
     sampling   KV cache 2 layers J D (rows (L + C) + prompts L), logits [rows, V], prompts' prefill;
-               4 bytes each, since validation is in float32. On a CPU the rows' part comes after the
-               prefill and grows layer by layer, one of them twice at a time
+               4 bytes each, since validation is in float32. On a CPU the rows' cache has one layer
+               more, for one is there twice while it grows, and comes after the prefill, of which
+               only what exceeds it counts
     update     what the backward pass of a micro-batch keeps, a block or a chunk of logits at work
     peak       model + the larger of sampling and update, or on CUDA both: recorded graphs keep
                their tensors, of training and of two validations, and a float32 copy of the weights
@@ -16,7 +17,7 @@ gradient checkpointing E. Where rows share a prompt (`transformer.SharedPrompts`
 once, and q, k and v a second time: attention has copies of them, on CUDA of each row's whole
 sequence. In float32 with grouped heads a GPU keeps the attention weights of these as well, and
 prompts count once a row. It is an upper bound, measured on a CPU at 1.0 to 1.5 times the truth for
-an update and 1.0 to 1.5 for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
+an update and for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
 attention weights, so it is higher there.
 """
 
@@ -40,7 +41,8 @@ from minigrpo.transformer import Transformer, TransformerConfig
 C = TypeVar("C", bound=RunSettings)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNKNOWN = sys.maxsize  # bytes free
-LESS_MEMORY: tuple[dict[str, Value], ...] = (  # changes, each of which may make a run fit
+# Changes, each of which may make a run fit; what it lacks or may not change is left out.
+LESS_MEMORY: tuple[dict[str, Value], ...] = (
     {"micro_batch_size": 1},
     {"rows_per_batch": 16},
     {"gradient_checkpointing": True},
@@ -128,8 +130,8 @@ def memory_estimate(
     prefill = prefilled * _bytes_of_a_block(shape, work.prompt_length, 4)
     cache = kv * work.num_decoded * length
     if not work.is_on_cuda:
-        cache += cache // shape.num_layers
-        prefill = max(0, prefill - cache)  # what it takes beyond what comes after it
+        cache += cache // shape.num_layers  # one layer twice, while it grows
+        prefill = max(0, prefill - cache)
     # Without a fused kernel attention sees whole rows, and keeps its weights for them.
     is_plain = work.is_on_cuda and not half and shape.num_heads > shape.num_kv_heads
     tokens, copied = _tokens_of_a_micro_batch(work, is_plain)
@@ -221,11 +223,11 @@ def check_memory(estimate: Callable[[C], MemoryEstimate], config: C, device: tor
     if peak <= free:
         return f"{lines}\n{estimated.table()}"
     refusal, helpful = f"the run must fit into memory, got {found}", []
-    known = set(vars(config))
+    may_change = set(vars(config))
     if config.resume or getattr(config, "preset", None) == "tiny":
-        known.remove("lora_rank")  # a run keeps its adapters, and preset tiny refuses any
+        may_change.remove("lora_rank")  # a run keeps its adapters, and preset tiny refuses any
     for wanted in LESS_MEMORY:
-        change = {name: value for name, value in wanted.items() if name in known}
+        change = {name: value for name, value in wanted.items() if name in may_change}
         less = estimate(replace(config, **change)).peak  # type: ignore[arg-type]  # of its fields
         if less < 0.99 * estimated.peak:
             flags = " ".join(_flag(name, value) for name, value in change.items())

@@ -528,8 +528,9 @@ def slow_bfloat16(precision: str, device: torch.device) -> list[str]:
     """A warning if bfloat16 was asked of a CPU that is slower with it.
 
     On an EPYC without AVX-512 products of bfloat16 take 60 to 90 times as long as of float32, on a
-    Xeon with AMX a fifth, on one with AVX-512's alone twice as long (a step of SmolLM2 1.45 times);
-    a few of each tell. Autocast moves half the bytes, so a little slower may be no loss.
+    Xeon with AMX a fifth, on one with AVX-512's alone twice as long (a step of SmolLM2 1.45 times),
+    on an EPYC with these half as long; a few of each tell. Autocast moves half the bytes, so a
+    little slower may be no loss.
     """
     if precision != "bfloat16" or device.type != "cpu":
         return []

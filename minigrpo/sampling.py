@@ -98,8 +98,8 @@ def sample_completions(
             acting.temperature != 1.0, stop, is_padded, drawn is None, model.is_fused,
             _product_dtype(model, tokens.device), tokens.device,
         )  # fmt: skip
-        decoder = _decoder(model, batch)
-        decoded = decoder.decode(model, tokens, mask, drawn, acting.temperature)
+        # Nobody keeps the decoder, so that its cache is gone before the next one is made.
+        decoded = _decoder(model, batch).decode(model, tokens, mask, drawn, acting.temperature)
         batches.append([part[(wanted - start) * group_size :] for part in decoded])
     joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined

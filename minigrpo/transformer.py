@@ -106,8 +106,9 @@ class KVCache:
 
     A head's keys lie together in memory, although a step appends one to each: to attend reads them
     all, which is faster this way on a CPU with a small cache and no slower elsewhere. On a CPU room
-    is made for GROWTH tokens at a time and all of it is read, the places beyond masked: a gap after
-    each head's keys breaks the processor's reading ahead, at a third of the rate (docs/speed.md).
+    is made for GROWTH tokens at a time and all of it is read, the places beyond masked: with gaps
+    between heads an EPYC reads at half to a third of the rate, most likely because its prefetching
+    stops at them (docs/speed.md).
     """
 
     GROWTH = 32
@@ -122,18 +123,26 @@ class KVCache:
     ):
         self.max_length, self.length = max_length, 0
         grows = device.type == "cpu"  # elsewhere recorded graphs keep their addresses
-        self.step, room = (self.GROWTH, 0) if grows else (1, max_length)
+        self.growth, room = (self.GROWTH, 0) if grows else (1, max_length)
         shape = (2, num_rows, config.num_kv_heads, room, config.head_size)
         self.layers = [
             torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)
         ]
 
     def num_read(self, length: int) -> int:
-        """Places that attention reads when `length` are written; any beyond are finite numbers."""
-        return min(math.ceil(length / self.step) * self.step, self.max_length)
+        """Places that attention reads when `length` are written.
+
+        Those beyond are masked, and hold 0 or what was there before: NaN times a weight of 0 is
+        NaN. ValueError: there are no so many.
+        """
+        if length > self.max_length:
+            raise ValueError(
+                f"length must be at most {self.max_length} in this cache, got {length}"
+            )
+        return min(math.ceil(length / self.growth) * self.growth, self.max_length)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, J, Q, D] each -> all keys and values so far, [B, J, K, D] views.
+        """[B, J, Q, D] each -> all keys and values that are read, [B, J, K, D] views.
 
         K is `num_read` of the tokens so far. The model moves `length` when all layers have
         appended.
@@ -150,7 +159,7 @@ class KVCache:
         for layer in range(len(self.layers)):
             own = self._room(layer, self.length)[..., : self.length, :]
             groups = rearrange(own, "two (p g) j k d -> two p g j k d", g=group_size)
-            once = prompts._room(layer, self.length)[..., : self.length, :]
+            once = prompts._room(layer, self.length)[..., : self.length, :]  # at its full length
             groups[:] = rearrange(once, "two p j k d -> two p 1 j k d")
 
     def _room(self, layer: int, length: int) -> Tensor:
@@ -228,7 +237,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
 def without_onednn() -> Iterator[None]:
     """Products of float32 on a CPU by torch's default library, whatever was chosen.
 
-    For one query of each key head, where memory is the bound, oneDNN takes 1.2 to 2 times as long.
+    For one query of each key head, where memory is the bound, oneDNN takes 1.6 times as long on an
+    EPYC (docs/speed.md). On Intel's processors it is not chosen (`runs.set_matmul_precision`).
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -514,6 +524,9 @@ def _positions_and_bias(
         if (num_new == 1 and num_keys == seen + 1) or is_causal:
             return positions, None, is_causal
     else:
+        if mask.shape != (len(tokens), seen + num_new):
+            wanted, got = (len(tokens), seen + num_new), tuple(mask.shape)
+            raise ValueError(f"mask must have shape {wanted}, got {got}")
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
         known = F.pad(mask, (0, num_keys - seen - num_new))
         # A padded query has nothing to look at but itself; that way no row of a softmax is empty.

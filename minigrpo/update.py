@@ -57,8 +57,7 @@ def update_policy(
     norms, drifts = [], []
     for rows in minibatches(rollout.prompt_places, config, step):
         optimizer.zero_grad(set_to_none=True)
-        # The first step is at the weights that sampled, where nothing has moved yet.
-        has_moved = bool(found) and config.follow_policy
+        has_moved = bool(found)  # the first step is at the weights that sampled
         found.append(accumulate_gradient(model, rollout, rows, config, has_moved))
         drifts.append(drift_of(found[-1][0]))
         if config.target_kl and drifts[-1] > config.target_kl:
@@ -112,6 +111,8 @@ def accumulate_gradient(
 ) -> tuple[LossMetrics, Tensor, Tensor]:
     """Backward over the micro-batches of one optimizer step.
 
+    With `has_moved` these are not the weights that sampled, and choices are simulated again if
+    the config follows the policy.
     Returned, of this rank: sums for the metrics, the sum of the entropy, and the largest gap
     between the decoder's log-probs and those recomputed before the first optimizer step.
     All ranks run the same number of micro-batches, since sharded parameters are gathered in each;
@@ -146,7 +147,7 @@ def accumulate_gradient(
                 config.temperature,
                 None if choices is None else choices.basis,
             )
-        expected = expected_values(rollout, chosen, scores.mass, has_moved)
+        expected = expected_values(rollout, chosen, scores.mass, has_moved and config.follow_policy)
         loss, metrics = grpo_loss(
             scores.logprobs,
             old,
@@ -169,17 +170,17 @@ def accumulate_gradient(
 
 
 def expected_values(
-    rollout: Rollout, rows: Tensor, mass: Tensor | None, has_moved: bool
+    rollout: Rollout, rows: Tensor, mass: Tensor | None, is_simulated_again: bool
 ) -> Tensor | None:
     """sum_a q(a) W(a) of some rows [M], in units of the advantages: mass [M, C, K] -> [M, C].
 
-    If the policy has moved, W is simulated again at plans whose controls moved as their means did.
+    Simulated again, W is that of plans whose controls have moved as their means have.
     """
     choices, unit, before = rollout.choices, rollout.choice_unit, rollout.mean_offsets
     if choices is None or unit is None or before is None or mass is None:
         return None
     values = choices.values[rows]
-    if has_moved:
+    if is_simulated_again:
         shift = choices.mean_offset(mass.detach(), rollout.completion_tokens[rows]) - before[rows]
         shift = torch.where(rollout.completion_mask[rows], shift, 0.0)
         horizon, length = choices.plans.own.shape[1], values.shape[1]

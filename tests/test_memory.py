@@ -273,8 +273,8 @@ def test_on_cuda_kept_graphs_are_counted_beside_the_update(precision: str) -> No
     assert kept.peak == sum(kept.model.values()) + phases
     sharded = replace(config, parallel="fsdp")
     cut = memory_estimate(shape, sharded, replace(work, is_on_cuda=True), 2, 2)
-    plain = memory_estimate(shape, sharded, work, 2, 2)
-    assert (cut.model, cut.has_graphs) == (plain.model, False)
+    on_cpu = memory_estimate(shape, sharded, work, 2, 2)
+    assert (cut.model, cut.has_graphs) == (on_cpu.model, False)
     assert 3 * cut.sampling["KV cache"] == kept.sampling["KV cache"]
 
 

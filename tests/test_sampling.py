@@ -345,6 +345,20 @@ def test_the_cache_has_the_precision_of_the_computation(model, autocast, monkeyp
     assert dtypes == {torch.bfloat16 if autocast else model.embed.weight.dtype}
 
 
+def test_a_batch_has_given_its_cache_back_before_the_next_one_has_one(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(KVCache):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(sampling, "KVCache", Watched)
+    sampled(rows_per_batch=3)
+    assert most == [1, 2] * 4  # of its prompts and of its rows
+
+
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_tokens_do_not_depend_on_how_the_cache_grows(top_p, monkeypatch):
     """Padded prompts of seven and thirteen new tokens: room for all at once, or for three more."""

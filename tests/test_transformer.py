@@ -97,7 +97,10 @@ def test_cached_equals_uncached_at_every_position(pieces, padded, growth, kv_hea
     full = model(tokens, mask, None, logits)
     place = torch.device("meta" if growth is None else "cpu")
     cache = KVCache(model.config, len(tokens), 13, place, torch.float64)
-    cache.layers = [torch.zeros_like(layer, device="cpu") for layer in cache.layers]
+    cache.layers = [
+        torch.full_like(layer, torch.nan if growth is None else 0.0, device="cpu")
+        for layer in cache.layers
+    ]
     done = []
     for size in pieces:
         start, end = cache.length, cache.length + size
@@ -228,15 +231,24 @@ def test_autocast_keeps_the_answer_within_the_precision_of_bfloat16():
     assert 0 < largest_difference(rounded, exact) < 0.05  # 8 bits, a few layers deep
 
 
-@pytest.mark.parametrize("width", [3, 11, 13])
+@pytest.mark.parametrize("width", [1, 3, 11, 13])
 @torch.no_grad()
 def test_a_mask_of_other_tokens_than_the_cached_and_the_new_is_refused(width):
     """Seven are cached and one is new; 13 places are read."""
     model, tokens = our_model(num_kv_heads=6), some_tokens(3, 8)
     cache = KVCache(model.config, 3, 13, tokens.device, torch.float32)
     model(tokens[:, :7], None, cache, logits)
-    with pytest.raises(RuntimeError, match="must match the size"):
+    with pytest.raises(ValueError, match=rf"mask must have shape \(3, 8\), got \(3, {width}\)"):
         model(tokens[:, 7:], torch.ones(3, width, dtype=torch.bool), cache, logits)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_full_says_so():
+    model, tokens = our_model(), some_tokens(3, 8)
+    cache = KVCache(model.config, 3, 7, tokens.device, torch.float32)
+    model(tokens[:, :7], None, cache, logits)
+    with pytest.raises(ValueError, match="length must be at most 7 in this cache, got 8"):
+        model(tokens[:, 7:], None, cache, logits)
 
 
 @pytest.mark.parametrize("used_before", [False, True])
@@ -250,7 +262,7 @@ def test_a_cache_on_a_cpu_has_no_gaps_between_heads_until_it_is_used_again(used_
         cache.length = length
         found, _ = cache.append(0, keys[:, :, :1], keys[:, :, :1])
         read.append(found.shape[2])
-        assert used_before or found.is_contiguous()
+        assert found.is_contiguous() == (not used_before or found.shape[2] == 70)
     assert read == [32, 32, 64, 64, 70, 70]
 
 
