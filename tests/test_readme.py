@@ -6,8 +6,10 @@ Prose goes stale in silence; here it fails.
 import doctest
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +122,29 @@ def test_every_make_target_exists() -> None:
         for target in re.findall(r"^make ([a-z-]+)", code)
     }
     assert named and named <= targets
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "cpuinfo", "precision"),
+    [
+        (True, "GenuineIntel avx2", "bfloat16"),
+        (False, "GenuineIntel avx512_bf16 amx_bf16", "bfloat16"),
+        (False, "AuthenticAMD avx512_bf16", "bfloat16"),
+        (False, "GenuineIntel avx512_bf16", "float32"),
+        (False, "AuthenticAMD avx2", "float32"),
+    ],
+)
+def test_make_smollm_takes_the_faster_precision(
+    has_gpu: bool, cpuinfo: str, precision: str, tmp_path: Path
+) -> None:
+    gpus, info = tmp_path / "nvidia-smi", tmp_path / "cpuinfo"
+    gpus.write_text(f"#!/bin/sh\nexit {int(not has_gpu)}\n")
+    gpus.chmod(0o755)
+    info.write_text(cpuinfo)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["make", "-n", "-C", str(ROOT), "smollm", f"CPUINFO={info}"]
+    found = subprocess.check_output(command, env={"PATH": path}, text=True)
+    assert set(re.findall(r"--precision (\w+)", found)) == {precision}
 
 
 def anchors(page: Path) -> set[str]:
