@@ -41,7 +41,8 @@ from minigrpo.transformer import Transformer, TransformerConfig
 C = TypeVar("C", bound=RunSettings)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNKNOWN = sys.maxsize  # bytes free
-# Changes, each of which may make a run fit; what it lacks or may not change is left out.
+# Changes, each of which may make a run fit; settings that a command lacks or may not change are
+# left out of them.
 LESS_MEMORY: tuple[dict[str, Value], ...] = (
     {"micro_batch_size": 1},
     {"rows_per_batch": 16},

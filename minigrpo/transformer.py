@@ -132,8 +132,8 @@ class KVCache:
     def num_read(self, length: int) -> int:
         """Places that attention reads when `length` are written.
 
-        Those beyond are masked, and hold 0 or what was there before: NaN times a weight of 0 is
-        NaN. ValueError: there are no so many.
+        Those beyond are masked, yet never NaN, which a weight of 0 would not remove: they hold 0,
+        or keys of an earlier batch. ValueError: the cache has no room for so many.
         """
         if length > self.max_length:
             raise ValueError(

@@ -113,6 +113,7 @@ def accumulate_gradient(
 
     With `has_moved` these are not the weights that sampled, and choices are simulated again if
     the config follows the policy.
+
     Returned, of this rank: sums for the metrics, the sum of the entropy, and the largest gap
     between the decoder's log-probs and those recomputed before the first optimizer step.
     All ranks run the same number of micro-batches, since sharded parameters are gathered in each;

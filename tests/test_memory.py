@@ -364,7 +364,7 @@ def test_choices_take_what_is_estimated(rows: int) -> None:
 def test_sampling_takes_what_is_estimated(
     shape: TransformerConfig, group_size: int, lengths: tuple[int, int], top_p: float
 ) -> None:
-    """Where the prefill is the most, where the cache is, and where a layer of it that grows is."""
+    """Where the cache is the most, where the prefill is, and where a layer that grows tells."""
     model, prompts = a_model(shape), some_tokens(4, lengths[0], high=shape.vocab_size)
     mask, rows = torch.ones_like(prompts, dtype=torch.bool), 4 * group_size
     uniforms = torch.rand(rows, lengths[1], generator=torch.Generator().manual_seed(1))
