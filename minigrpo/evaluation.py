@@ -22,7 +22,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +39,7 @@ from minigrpo.lqr import lqr_controls
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
 from minigrpo.reward import Rewards, RewardWeights, tally_of, tally_rewards
-from minigrpo.rollout import write_plans
+from minigrpo.rollout import rows_of, write_plans
 from minigrpo.shapes import check_record
 from minigrpo.transformer import Transformer
 
@@ -104,8 +104,7 @@ class Report:
 def lqr_results(starts: Tensor, task: Task, decimals: int | None = None) -> CaseResults:
     """Saturated LQR from starts [K, 2]; `decimals` rounds each control inside the loop."""
     controls = lqr_controls(starts.double(), task.plant, task.cost, decimals)
-    num_invalid = torch.zeros(len(starts), dtype=torch.int64)
-    return _measure(starts, _all_valid(controls), 1, num_invalid, task)
+    return _measure(starts, _all_valid(controls), task)
 
 
 def evaluate_policy(
@@ -123,8 +122,14 @@ def evaluate_policy(
     list of starts changes no case of a shorter one. `attempt` 0, 1, ... takes the next draws of the
     same key, so that those of two seeds have nothing in common.
     """
-    parsed = _plan(model, starts, task, acting, seed, attempt, rows_per_batch)
-    return _measure(starts, parsed, 1, (~parsed.is_valid).long(), task)
+    uniforms = None
+    if acting:
+        tries, length = attempt + 1, task.max_completion_length
+        places = torch.arange(len(starts))
+        group = token_uniforms(seed, places, tries, length, "evaluation")  # [K * tries, C]
+        uniforms = group[attempt::tries]
+    parsed = _plan(model, starts, task, acting or UNTRUNCATED, uniforms, rows_per_batch)
+    return _measure(starts, parsed, task)
 
 
 def best_of(tries: Sequence[CaseResults]) -> CaseResults:
@@ -162,35 +167,33 @@ def receding_horizon(
     for _ in progress(range(plant.horizon)):
         seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
         distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
-        parsed = _plan(model, distinct, task, None, 0, 0, rows_per_batch)
+        parsed = _plan(model, distinct, task, UNTRUNCATED, None, rows_per_batch)
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])
         state = plant.step(state, written[-1].clamp(-bound, bound))
     controls = rearrange(torch.stack(written), "t k -> k t")
+    flown = _measure(starts, _all_valid(controls), task)
     num_invalid = torch.stack(invalid).sum(dim=0)
-    return _measure(starts, _all_valid(controls), plant.horizon, num_invalid, task)
+    return replace(flown, num_texts=plant.horizon, num_invalid_texts=num_invalid)
 
 
 def _plan(
     model: Transformer,
     starts: Tensor,
     task: Task,
-    acting: ActingPolicy | None,
-    seed: int,
-    attempt: int,
+    acting: ActingPolicy,
+    uniforms: Tensor | None,
     rows_per_batch: int,
 ) -> ParsedControls:
-    """One plan for each start [K, 2], of which this rank writes every world-th."""
+    """One plan for each start [K, 2], of which this rank writes every world-th.
+
+    `uniforms` [K, C] decide the tokens; None is greedy.
+    """
     # Where ranks outnumber starts, those without one repeat the first.
     share = torch.arange(rank() % len(starts), len(starts), world_size())
     prompts = make_prompts(starts[share].double(), share, task)
-    uniforms = None
-    if acting:
-        tries, length = attempt + 1, task.max_completion_length
-        group = token_uniforms(seed, prompts.indices, tries, length, "evaluation")  # [P * tries, C]
-        uniforms = group[attempt::tries]
-    policy = acting or UNTRUNCATED
-    done, _, written = write_plans(model, prompts, 1, task, policy, uniforms, rows_per_batch)
+    drawn = rows_of(uniforms, share)
+    done, _, written = write_plans(model, prompts, 1, task, acting, drawn, rows_per_batch)
     if rank() == 0 and bool(done.is_capped.any()):
         cut = done.is_capped[done.mask].double().mean()
         print(f"WARNING: support_size cut {cut:.0%} of the nuclei; a larger one is slower")
@@ -206,10 +209,8 @@ def _all_valid(controls: Tensor) -> ParsedControls:
     return ParsedControls(controls, torch.ones(len(controls), dtype=torch.bool))
 
 
-def _measure(
-    starts: Tensor, parsed: ParsedControls, num_texts: int, num_invalid: Tensor, task: Task
-) -> CaseResults:
-    """Fly the controls from starts [K, 2]; of each start's texts `num_invalid` [K] were invalid."""
+def _measure(starts: Tensor, parsed: ParsedControls, task: Task) -> CaseResults:
+    """Fly the controls from starts [K, 2], each of one text."""
     flown = task.plant.simulate(starts.double(), parsed.controls)
     tally = tally_of(parsed.controls, flown, task.plant, task.cost)
     horizon, weights = task.plant.horizon, RewardWeights()
@@ -217,8 +218,8 @@ def _measure(
         rewards=tally_rewards(tally, parsed.is_valid, "progress", horizon, weights),
         final_error=flown.states[:, -1].norm(dim=1),
         cost=tally.cost,
-        num_texts=num_texts,
-        num_invalid_texts=num_invalid,
+        num_texts=1,
+        num_invalid_texts=(~parsed.is_valid).long(),
         num_violations=flown.num_violations,
         states=flown.states,
         controls=flown.controls,
