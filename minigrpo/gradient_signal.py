@@ -54,9 +54,10 @@ def rollout_gradient(model: Transformer, rollout: Rollout, config: GRPOConfig) -
 
 
 def gradient_signal(gradients: Tensor, num_completions: int) -> GradientSignal:
-    """Gradients [K, D] of independent rollouts of n completions -> signal and noise; K >= 3."""
-    if len(gradients) < 3:
-        raise ValueError(f"gradients must be of at least 3 rollouts, got {len(gradients)}")
+    """Gradients [K, D] of independent rollouts of n completions -> signal and noise.
+
+    K is at least 3, as `measure_signal` is, for an error of the cosine.
+    """
     products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for part in torch.split(gradients, 2**20, dim=1):
         products += part.double() @ part.double().T

@@ -408,17 +408,11 @@ def test_float32_trajectories_give_float64_rewards():
 
 def test_mistakes_of_ours_are_errors():
     starts, controls = draw(3)
-    valid, trajectories = torch.ones(3, dtype=torch.bool), PLANT.simulate(starts, controls)
+    trajectories = PLANT.simulate(starts, controls)
     with pytest.raises(ValueError, match=r"^applied must have shape \[N, T\] with N=3, T=50, got"):
         tally_of(controls, PLANT.simulate(starts[:2], controls[:2]), PLANT, COST)
-    with pytest.raises(ValueError, match=r"^kind must be progress or punishment, got sparse"):
-        rewards_of(controls, trajectories, valid, "sparse")
     with pytest.raises(ValueError, match=r"^baseline must have shape \[N\] with N=3, got \(2,\)"):
         Rewards({"baseline": torch.zeros(2)}, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"^lqr must be at least 0 and finite, got -15\.0"):
-        RewardWeights(lqr=-15.0)
-    with pytest.raises(ValueError, match=r"^terminal must be at least 0 and finite, got inf"):
-        RewardWeights(terminal=math.inf)
     tally = tally_of(controls, trajectories, PLANT, COST)
     with pytest.raises(ValueError, match=r"^cost must have shape \[N\] with N=3, got \(2,\)"):
         replace(tally, cost=tally.cost[:2])
