@@ -41,16 +41,13 @@ class DoubleIntegrator:
     start_decimals: int = 2  # starts are exact in text
 
     def __post_init__(self) -> None:
-        if not 1e-3 <= self.dt <= 1e3:
-            raise ValueError(f"dt must be between 0.001 and 1000, got {self.dt}")
+        ranges = (("dt", 0.001, 1000), ("horizon", 1, 1000), ("start_decimals", 0, 6))
+        for name, low, high in ranges:
+            if not low <= (got := getattr(self, name)) <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, got {got}")
         for name in ("state_bound", "control_bound", "start_bound"):
-            if not 0 < getattr(self, name) <= 1e6:
-                got = getattr(self, name)
+            if not 0 < (got := getattr(self, name)) <= 1e6:
                 raise ValueError(f"{name} must be positive and at most 1e6, got {got}")
-        if not 1 <= self.horizon <= 1000:
-            raise ValueError(f"horizon must be between 1 and 1000, got {self.horizon}")
-        if not 0 <= self.start_decimals <= 6:
-            raise ValueError(f"start_decimals must be between 0 and 6, got {self.start_decimals}")
         bound, decimals = self.start_bound, self.start_decimals
         if bound > self.state_bound:
             raise ValueError(f"start_bound must be at most {self.state_bound}, got {bound}")

@@ -220,6 +220,7 @@ def test_the_grid_follows_bound_and_decimals():
         ("start_bound", 1.1),  # outside the state bound
         ("start_bound", 0.805),  # not on the grid
         ("start_decimals", -1),
+        ("start_decimals", 7),
     ],
 )
 def test_bad_values_are_refused_by_name(field, value):
