@@ -106,5 +106,4 @@ def disturbed_lqr_controls(
         wanted.append(possible(-(gain[0] * state[0] + gain[1] * state[1])))  # [N]
         applied.append(wanted[k] if noise is None else possible(wanted[k] + noise[:, k]))
         state = plant.step(state, applied[k])
-    both = rearrange([torch.stack(wanted), torch.stack(applied)], "two t n -> two n t")
-    return both[0], both[1]
+    return torch.stack(wanted, dim=1), torch.stack(applied, dim=1)
