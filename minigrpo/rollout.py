@@ -322,17 +322,17 @@ def sample_records(
     With credit for choices a row has an advantage for each token, of what came after it.
     """
     size, components = rollout.group_size, experience.rewards.components
-    shown: list[CompletionRecord] = [
-        {
+
+    def shown(n: int) -> CompletionRecord:
+        return {
             "text": experience.texts[n],
             "is_valid": bool(experience.parsed.is_valid[n]),
             "reward": float(rollout.rewards[n]),
             "components": {name: float(value[n]) for name, value in components.items()},
             "advantage": rollout.advantages[n].tolist(),
         }
-        for n in range(min(2 * size, len(rollout.rewards)))
-    ]
+
     return [
-        {"prompt": text, "completions": shown[p * size : (p + 1) * size]}
+        {"prompt": text, "completions": [shown(n) for n in range(p * size, (p + 1) * size)]}
         for p, text in enumerate(prompts.texts[:2])
     ]
