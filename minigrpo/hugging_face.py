@@ -58,17 +58,6 @@ FIXED_KEYS: dict[str, object] = {
     "use_sliding_window": False,
     "rope_interleaved": False,
 }
-PLAIN_NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.q_norm.weight": "self_attn.q_norm.weight",
-    "attention.k_norm.weight": "self_attn.k_norm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-}
 
 
 def config_from_json(values: dict[str, object]) -> TransformerConfig:
@@ -282,33 +271,44 @@ def linear_parts(config: TransformerConfig) -> dict[str, dict[str, int]]:
     }
 
 
+def _parameter_names(config: TransformerConfig) -> dict[str, dict[str, int]]:
+    """Our parameters: of each those of transformers that are joined in it, with their rows."""
+    block = {
+        "attention_norm.weight": {"input_layernorm.weight": config.width},
+        "attention.q_norm.weight": {"self_attn.q_norm.weight": config.head_size},
+        "attention.k_norm.weight": {"self_attn.k_norm.weight": config.head_size},
+        "mlp_norm.weight": {"post_attention_layernorm.weight": config.width},
+    }
+    for module, parts in linear_parts(config).items():
+        for kind in ("weight", "bias"):
+            block[f"{module}.{kind}"] = {f"{part}.{kind}": rows for part, rows in parts.items()}
+    names = {
+        f"blocks.{layer}.{ours}": {f"model.layers.{layer}.{k}": rows for k, rows in theirs.items()}
+        for layer in range(config.num_layers)
+        for ours, theirs in block.items()
+    }
+    return names | {
+        "embed.weight": {"model.embed_tokens.weight": config.vocab_size},
+        "norm.weight": {"model.norm.weight": config.width},
+        "head.weight": {"lm_head.weight": config.vocab_size},
+    }
+
+
 def to_hugging_face(
     state: dict[str, Tensor], config: TransformerConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under transformers' names, fused ones split."""
-    for path, value in state.items():
-        if path in PLAIN_NAMES:
-            yield PLAIN_NAMES[path], value.contiguous()
-            continue
-        _, layer, rest = path.split(".", 2)
-        module, _, kind = rest.rpartition(".")
-        parts = linear_parts(config).get(module, {})
-        sizes = list(parts.values()) or [len(value)]
-        names = [f"{part}.{kind}" for part in parts] or [BLOCK_NAMES[rest]]
-        for name, piece in zip(names, torch.split(value, sizes), strict=True):
-            yield f"model.layers.{layer}.{name}", piece.clone().contiguous()
+    names = _parameter_names(config)
+    for ours, value in state.items():
+        pieces = torch.split(value.contiguous(), list(names[ours].values()))
+        for theirs, piece in zip(names[ours], pieces, strict=True):
+            yield theirs, piece.clone() if len(pieces) > 1 else piece  # no file takes two views
 
 
 def from_hugging_face(tensors: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """The inverse: transformers' names to ours, q, k, v and gate, up joined."""
-    state = {ours: tensors[theirs] for ours, theirs in PLAIN_NAMES.items() if theirs in tensors}
-    rest = {ours: [theirs] for ours, theirs in BLOCK_NAMES.items()}
-    for module, parts in linear_parts(config).items():
-        for kind in ("weight", "bias"):
-            rest[f"{module}.{kind}"] = [f"{part}.{kind}" for part in parts]
-    for layer in range(config.num_layers):
-        for ours, theirs in rest.items():
-            names = [f"model.layers.{layer}.{name}" for name in theirs]
-            if names[0] in tensors:
-                state[f"blocks.{layer}.{ours}"] = torch.cat([tensors[name] for name in names])
-    return state
+    return {
+        ours: torch.cat([tensors[name] for name in theirs])
+        for ours, theirs in _parameter_names(config).items()
+        if theirs.keys() <= tensors.keys()
+    }
