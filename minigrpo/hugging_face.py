@@ -186,7 +186,7 @@ def load_shape(folder: Path) -> TransformerConfig:
 
 
 def load_transformer(folder: Path) -> Transformer:
-    """Read a Hugging Face folder: config.json and safetensors (one file or an index), as float32.
+    """Read a Hugging Face folder: config.json and safetensors (one file or shards), as float32.
 
     ValueError: not such a folder, another architecture, missing, surplus or misshapen weights,
     pickled weights only. Nothing in the folder is executed.
@@ -227,37 +227,26 @@ def _own_tensors(
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():  # before the index, as in transformers
-        names = ["model.safetensors"]
-    elif index.is_file():
-        names = _shard_names(index)
-    else:
+    """Of model.safetensors or, without it, as in transformers, of all its shards.
+
+    Their index is not read: it could only repeat what the shards hold, or name other files.
+    """
+    single, tensors = folder / "model.safetensors", dict[str, Tensor]()
+    paths = [single] if single.is_file() else sorted(folder.glob("*-of-*.safetensors"))
+    if not paths:
         raise ValueError(
-            f"{folder} must hold model.safetensors (pickled .bin weights are refused), found none"
+            f"{folder} must hold model.safetensors or its shards, *-of-*.safetensors (pickled .bin "
+            "weights are refused), found none"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in names:
+    for path in paths:
         try:
-            tensors.update(load_file(folder / name))
+            found = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{folder / name} is not a readable safetensors file: {error}"
-            ) from error
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        if twice := found.keys() & tensors.keys():
+            raise ValueError(f"{path} holds {min(twice)}, which another file holds too")
+        tensors |= found
     return tensors
-
-
-def _shard_names(index: Path) -> list[str]:
-    try:
-        values = json.loads(index.read_text())["weight_map"].values()
-        names = sorted({_typed(str, value) for value in values})
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"{index} must map weights to files under weight_map: {error!r}"
-        ) from error
-    if any(Path(name).name != name or "\\" in name for name in names):
-        raise ValueError(f"{index}: weight files must lie in the folder itself, got {names}")
-    return names
 
 
 def linear_parts(config: TransformerConfig) -> dict[str, dict[str, int]]:
