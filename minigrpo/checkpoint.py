@@ -45,7 +45,6 @@ from minigrpo.transformer import Transformer, TransformerConfig
 
 SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter
 ADAPTER = "adapter."
 
 
@@ -369,7 +368,7 @@ def load_trainer(
     places = model.state_dict()
     cut = {name: cut_like(value, places[name]) for name, value in weights.items()}
     model.load_state_dict(cut, strict=not own)
-    optimizer.load_state_dict(_optimizer_state(tensors, model, optimizer))
+    _put_moments(tensors, model, optimizer)
     return step
 
 
@@ -379,7 +378,8 @@ def _check_trainer(tensors: dict[str, Tensor], model: Transformer, path: Path) -
     if any(not name.startswith(ADAPTER) for name in tensors):  # there are none before a first step
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                shapes |= {f"{kind}.{name}": tuple(parameter.shape) for kind in MOMENTS}
+                shape = tuple(parameter.shape)
+                shapes |= {f"exp_avg.{name}": shape, f"exp_avg_sq.{name}": shape}
                 shapes[f"step.{name}"] = ()
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted(shapes.keys() | found.keys()):
@@ -400,25 +400,24 @@ def base_digest(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def _optimizer_state(
-    moments: dict[str, Tensor], model: Transformer, optimizer: Optimizer
-) -> dict[str, object]:
-    """Moments by name -> the optimizer's own format, by position; of all parameters or of none.
+def _moments(model: Transformer, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """AdamW's tensors as `exp_avg.blocks.0...`; none before the first step."""
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            yield f"{kind}.{name}", value
+
+
+def _put_moments(moments: dict[str, Tensor], model: Transformer, optimizer: Optimizer) -> None:
+    """`_moments`, in place of what the optimizer has.
 
     Copies, for the optimizer keeps what it is given, and a tensor of a file keeps the file open.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def moment(kind: str, parameter: Tensor) -> Tensor:
-        part = cut_like(moments[f"{kind}.{names[parameter]}"], parameter)
-        return part.to(parameter.device, copy=True)
-
-    state = {
-        place: {kind: moment(kind, parameter) for kind in MOMENTS}
-        for place, parameter in enumerate(trained if moments else [])
-    }
-    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    optimizer.state.clear()
+    for name, value in moments.items():
+        kind, _, path = name.partition(".")
+        parameter = model.get_parameter(path)
+        part = cut_like(value, parameter)
+        optimizer.state[parameter][kind] = part.to(parameter.device, copy=True)
 
 
 def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
@@ -431,14 +430,6 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
         parts |= {f"choices.plans.{name}": value for name, value in vars(choices.plans).items()}
     tensors = {k: v.cpu().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
-
-
-def _moments(model: Transformer, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """AdamW's tensors as `exp_avg.blocks.0...`; none before the first step."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for kind in MOMENTS:
-            yield f"{kind}.{names[parameter]}", state[kind]
 
 
 def _write_model(
