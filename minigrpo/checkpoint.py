@@ -34,7 +34,13 @@ from minigrpo.config import PRESETS, GRPOConfig, Resolved, SFTConfig, Value
 from minigrpo.data import SFTBatch, Task, make_task
 from minigrpo.distributed import collected, cut_like, from_rank_zero, rank, whole
 from minigrpo.double_integrator import DoubleIntegrator
-from minigrpo.hugging_face import load_shape, load_transformer, save_tensors, save_transformer
+from minigrpo.hugging_face import (
+    load_shape,
+    load_transformer,
+    save_tensors,
+    save_transformer,
+    typed,
+)
 from minigrpo.lora import adapters, merged_weights
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, wording
@@ -72,54 +78,44 @@ class Manifest:
         return asdict(self) | {"wording": wording(self.plant, self.codec)}
 
     @classmethod
-    def from_json(cls, values: object, path: Path) -> Manifest:
-        """Every key is known and none is missing, or a ValueError with the path says which.
+    def from_json(cls, values: object) -> Manifest:
+        """Every key is known and none is missing, or a ValueError says which.
 
         So is a model that was trained on prompts in other words than today's.
         """
-        found = _checked_keys(values, {item.name for item in fields(cls)} | {"wording"}, str(path))
-        if found["stage"] not in ("sft", "grpo"):
-            raise ValueError(f"{path}: stage must be sft or grpo, got {found['stage']!r}")
+        found = _checked_keys(values, {item.name for item in fields(cls)} | {"wording"}, "manifest")
         presets = sorted({name for name, _ in PRESETS}, reverse=True)
-        if found["preset"] not in presets:
-            got = found["preset"]
-            raise ValueError(f"{path}: preset must be {' or '.join(presets)}, got {got!r}")
-        for name, kind in (("config", dict), ("sources", dict)):
-            if not isinstance(found[name], kind):
-                raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {found[name]!r}")
-        found["plant"] = _record(DoubleIntegrator, found["plant"], f"{path}: plant")
-        found["cost"] = _record(QuadraticCost, found["cost"], f"{path}: cost")
-        found["codec"] = _record(Codec, found["codec"], f"{path}: codec")
+        for name, known in (("stage", ["sft", "grpo"]), ("preset", presets)):
+            if found[name] not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {found[name]!r}")
+        for name in ("config", "sources"):
+            typed(dict, found[name], name)
+        found["plant"] = _record(DoubleIntegrator, found["plant"], "plant")
+        found["cost"] = _record(QuadraticCost, found["cost"], "cost")
+        found["codec"] = _record(Codec, found["codec"], "codec")
         said = found.pop("wording")
         manifest = cls(**found)  # type: ignore[arg-type]  # checked above
         if said != (says := wording(manifest.plant, manifest.codec)):
             raise ValueError(
-                f"{path}: prompts must be worded as in training, {said!r}; this version says "
-                f"{says!r}: train again, or use the commit in its provenance.json"
+                f"prompts must be worded as in training, {said!r}; this version says {says!r}: "
+                "train again, or use the commit in its provenance.json"
             )
         return manifest
 
 
 def _checked_keys(values: object, expected: set[str], place: str) -> dict[str, object]:
-    if not isinstance(values, dict):
-        raise ValueError(f"{place} must be an object, got {values!r}")
-    if unknown := set(values) - expected:
+    found = typed(dict, values, place)
+    if unknown := found.keys() - expected:
         raise ValueError(f"{place} has unknown {', '.join(sorted(unknown))}")
-    if missing := expected - set(values):
+    if missing := expected - found.keys():
         raise ValueError(f"{place} lacks {', '.join(sorted(missing))}")
-    return dict(values)
+    return found.copy()
 
 
 def _record(kind: type[Record], values: object, place: str) -> Record:
-    found = _checked_keys(values, {item.name for item in fields(kind)}, place)
-    for name, default in asdict(kind()).items():
-        value, wanted = found[name], type(default)
-        if type(value) is not wanted and (wanted is not float or type(value) is not int):
-            raise ValueError(f"{place}.{name} must be of type {wanted.__name__}, got {value!r}")
-    try:
-        return kind(**found)  # type: ignore[arg-type]  # checked by the loop above
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+    kinds = {name: type(default) for name, default in asdict(kind()).items()}
+    found = _checked_keys(values, set(kinds), place)
+    return kind(**{k: typed(kinds[k], value, f"{place}.{k}") for k, value in found.items()})
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -134,10 +130,9 @@ def load_manifest(folder: Path) -> Manifest:
             )
         raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
     try:
-        values = json.loads(path.read_text())
+        return Manifest.from_json(json.loads(path.read_text()))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    return Manifest.from_json(values, path)
+        raise ValueError(f"{path}: {error}") from error
 
 
 def saved_config(folder: Path, stage: str) -> dict[str, Value] | None:
@@ -318,7 +313,7 @@ def _complete(run_folder: Path) -> list[Path]:
 
 def check_tokens(folder: Path, task: Task) -> None:
     """ValueError: this checkpoint's tokenizer writes the task's text in other tokens."""
-    theirs = load_tokenizer(folder, load_shape(folder).vocab_size)
+    theirs = load_task(folder)[1].tokenizer
     plan = torch.linspace(-task.plant.control_bound, task.plant.control_bound, task.plant.horizon)
     state = torch.full((2,), task.plant.start_bound, dtype=torch.float64)
 

@@ -68,13 +68,13 @@ def config_from_json(values: dict[str, object]) -> TransformerConfig:
     if missing := set(needed.split()) - set(left):
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
     left = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | left  # transformers' defaults
-    width, heads = (_typed(int, left[key]) for key in ("hidden_size", "num_attention_heads"))
+    width, heads = (typed(int, left[key], key) for key in ("hidden_size", "num_attention_heads"))
     head_size = left.get("head_dim", 128 if model_type == "qwen3" else None)
     left["head_dim"] = head_size or width // max(1, heads)
     left["num_key_value_heads"] = left.get("num_key_value_heads") or heads
     theta, stretch = _pop_rope(left)
     kinds = get_type_hints(TransformerConfig)
-    sizes = {ours: _typed(kinds[ours], left.pop(key)) for ours, key in JSON_NAMES.items()}
+    sizes = {ours: typed(kinds[ours], left.pop(key), key) for ours, key in JSON_NAMES.items()}
     config = TransformerConfig(model_type, rope_theta=theta, rope_stretch=stretch, **sizes)
     fixed = FIXED_KEYS | {"layer_types": ["full_attention"] * config.num_layers}
     left.pop("sliding_window", None)  # read only if use_sliding_window, an error below
@@ -107,15 +107,15 @@ def config_to_json(config: TransformerConfig) -> dict[str, object]:
 def _pop_rope(left: dict[str, object]) -> tuple[float, RopeStretch | None]:
     """Base and stretch of the rotary frequencies, as transformers 5 or 4 writes them."""
     outer, new = left.pop("rope_theta", 10_000.0), left.pop("rope_parameters", None)
-    rope = _typed(dict, left.pop("rope_scaling", None) or new or {})
+    rope = typed(dict, left.pop("rope_scaling", None) or new or {}, "rope_parameters")
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": outer} | rope
     rope.pop("type", None)
-    kind, theta = rope.pop("rope_type"), _typed(float, rope.pop("rope_theta"))
+    kind, theta = rope.pop("rope_type"), typed(float, rope.pop("rope_theta"), "rope_theta")
     names = [item.name for item in fields(RopeStretch)]
     if kind == "default" and not rope:
         return theta, None
     if kind == "llama3" and set(rope) == set(names):
-        factor, low, high, length = (_typed(float, rope[name]) for name in names)
+        factor, low, high, length = (typed(float, rope[name], name) for name in names)
         if length.is_integer():  # earlier versions wrote 8192.0
             return theta, RopeStretch(factor, low, high, int(length))
     raise ValueError(
@@ -123,11 +123,13 @@ def _pop_rope(left: dict[str, object]) -> tuple[float, RopeStretch | None]:
     )
 
 
-def _typed(kind: type[V], value: object) -> V:
+def typed(kind: type[V], value: object, name: str) -> V:
     """The value if it has this type in JSON; a whole number is also a float."""
-    value = float(value) if kind is float and type(value) is int else value
+    if kind is float and type(value) is int:
+        with suppress(OverflowError):  # it stays a whole number, of the wrong type
+            value = float(value)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"config.json: expected {kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     return value
 
 
@@ -180,7 +182,7 @@ def load_shape(folder: Path) -> TransformerConfig:
     if not path.is_file():
         raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
     try:
-        return config_from_json(_typed(dict, json.loads(path.read_text())))
+        return config_from_json(typed(dict, json.loads(path.read_text()), "config"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

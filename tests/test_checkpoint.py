@@ -513,14 +513,14 @@ def test_a_kill_while_publishing_leaves_one_whole_model(
     assert len(list(tmp_path.iterdir())) == num_files
 
 
-def test_a_manifest_survives_json(tmp_path: Path) -> None:
+def test_a_manifest_survives_json() -> None:
     plant = DoubleIntegrator(dt=0.2, horizon=7, state_bound=2, start_bound=0.5, start_decimals=1)
     manifest = Manifest(
         "grpo", "pretrained", plant, QuadraticCost(control=0.3), Codec("words", 3),
         {"a": True, "b": 2, "c": 0.1, "d": "text"}, {"a": "flag"},
     )  # fmt: skip
     text = json.dumps(manifest.to_json())
-    assert Manifest.from_json(json.loads(text), tmp_path) == manifest
+    assert Manifest.from_json(json.loads(text)) == manifest
 
 
 def changed(**values: object) -> dict[str, object]:
@@ -538,40 +538,41 @@ def changed_codec(**values: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], " must be an object, got []"),
-        (changed(stages=1), " has unknown stages"),
-        ({k: v for k, v in changed().items() if k != "preset"}, " lacks preset"),
-        (changed(stage="dpo"), ": stage must be sft or grpo, got 'dpo'"),
-        (changed(preset="Tiny"), ": preset must be tiny or pretrained, got 'Tiny'"),
-        (changed(config=[1]), ": config must be a dict, got [1]"),
-        (changed(cost={}), ": cost lacks control, position, terminal, velocity"),
-        (changed_plant(mass=1.0), ": plant has unknown mass"),
-        (changed_plant(dt="0.1"), ": plant.dt must be of type float, got '0.1'"),
-        (changed_plant(horizon=3.5), ": plant.horizon must be of type int, got 3.5"),
-        (changed_plant(horizon=True), ": plant.horizon must be of type int, got True"),
-        (changed_plant(dt=-1.0), ": plant: dt must be between 0.001 and 1000, got -1.0"),
+        ([], "manifest must be of type dict, got []"),
+        (changed(stages=1), "manifest has unknown stages"),
+        ({k: v for k, v in changed().items() if k != "preset"}, "manifest lacks preset"),
+        (changed(stage="dpo"), "stage must be sft or grpo, got 'dpo'"),
+        (changed(preset="Tiny"), "preset must be tiny or pretrained, got 'Tiny'"),
+        (changed(config=[1]), "config must be of type dict, got [1]"),
+        (changed(cost={}), "cost lacks control, position, terminal, velocity"),
+        (changed_plant(mass=1.0), "plant has unknown mass"),
+        (changed_plant(dt="0.1"), "plant.dt must be of type float, got '0.1'"),
+        (changed_plant(horizon=3.5), "plant.horizon must be of type int, got 3.5"),
+        (changed_plant(horizon=True), "plant.horizon must be of type int, got True"),
+        (changed_plant(dt=-1.0), "dt must be between 0.001 and 1000, got -1.0"),
         (
             changed(cost=vars(QuadraticCost()) | {"control": 10**400}),
-            f": cost: control must be positive and at most 1e6, got {10**400}",
+            f"cost.control must be of type float, got {10**400}",
         ),
         (
             changed_plant(control_bound=10**400),
-            f": plant: control_bound must be positive and at most 1e6, got {10**400}",
+            f"plant.control_bound must be of type float, got {10**400}",
         ),
-        (changed_plant(horizon=10**7), ": plant: horizon must be between 1 and 1000, got 10000000"),
+        (changed_plant(horizon=10**7), "horizon must be between 1 and 1000, got 10000000"),
         (
             changed_plant(start_decimals=4),
-            ": plant: start_bound must be at most 1000 steps of a decimal, got 0.8",
+            "start_bound must be at most 1000 steps of a decimal, got 0.8",
         ),
-        (changed_codec(decimals=9), ": codec: decimals must be between 1 and 6, got 9"),
+        (changed_codec(decimals=9), "decimals must be between 1 and 6, got 9"),
     ],
 )
 def test_a_foreign_manifest_is_refused_by_the_name_of_what_is_wrong(
-    values: object, message: str
+    values: object, message: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "minigrpo.json").write_text(json.dumps(values))
     with pytest.raises(ValueError) as caught:
-        Manifest.from_json(values, Path("m.json"))
-    assert str(caught.value) == f"m.json{message}"
+        load_manifest(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'minigrpo.json'}: {message}"
 
 
 def test_what_is_no_model_folder_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
@@ -584,7 +585,7 @@ def test_what_is_no_model_folder_is_refused_with_the_command_that_makes_one(tmp_
     with pytest.raises(ValueError, match=r"found no minigrpo.json in it; python train_sft.py"):
         load_model(tmp_path)
     (tmp_path / "minigrpo.json").write_text("{")
-    with pytest.raises(ValueError, match=r"minigrpo.json is not readable JSON"):
+    with pytest.raises(ValueError, match=r"minigrpo\.json: Expecting property name"):
         load_model(tmp_path)
 
 
