@@ -125,24 +125,20 @@ def open_run(
         raise ValueError("overwrite and resume must not both be given")
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs an extra: pip install -e .[tensorboard]")
-    folder, before = Path(save_dir), ""
+    folder = Path(save_dir)
 
     def prepare() -> None:
-        nonlocal before
         make_folder(folder)
         lock = folder / "LOCK"
         _take_lock(lock)
         try:
             _make_room(folder, overwrite, resume)
-            status = folder / "STATUS"
-            before = status.read_text() if status.exists() else ""
-            write_text(status, "running\n")
         except (OSError, ValueError):
             lock.unlink()
             raise
 
     on_rank_zero(prepare)
-    return RunFolder(folder, tensorboard, before)
+    return RunFolder(folder, tensorboard)
 
 
 def make_folder(folder: Path) -> None:
@@ -256,21 +252,24 @@ def _is_ours(path: Path) -> bool:
 class RunFolder:
     """The open folder of a run; the methods are called on every rank."""
 
-    def __init__(self, folder: Path, tensorboard: bool, before: str = ""):
+    def __init__(self, folder: Path, tensorboard: bool):
         self.folder = folder
-        self._before = before  # STATUS of a run that is resumed, until this attempt has begun
         self._tensorboard = tensorboard
         self._open = ExitStack()  # what is to be closed
         self._scalar: Callable[[str, float, int], None] | None = None
         self._bar: tqdm[None] | None = None
         self._num_steps = 0
-        self._is_done = False
+        self._is_running = False  # as STATUS says: a refusal to resume leaves the run as it was
 
     def record_attempt(self, config: Mapping[str, Json], device: torch.device) -> None:
-        """Write what this process shall do, and with what: attempts/, at first provenance.json."""
+        """Write that this process runs, what it shall do, and with what.
+
+        The first attempt's record is the run's, provenance.json.
+        """
 
         def write() -> None:
-            self._before = ""
+            self._is_running = True
+            write_text(self.folder / "STATUS", "running\n")
             record = {"config": config, **_provenance(device)}
             job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
             name = f"{job}.{restart or 0}" if job else time.strftime("%Y%m%d-%H%M%S")
@@ -368,7 +367,7 @@ class RunFolder:
     def finish(self, status: Literal["stopped", "finished"]) -> None:
         """Write STATUS, after the last checkpoint; a batch script requeues what was stopped."""
         on_rank_zero(lambda: write_text(self.folder / "STATUS", f"{status}\n"))
-        self._is_done = True
+        self._is_running = False
 
     def close(self) -> None:
         """Close what is open and give the lock back."""
@@ -380,11 +379,9 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
-        if kind is not None and not self._is_done and rank() == 0:
+        if kind is not None and self._is_running and rank() == 0:
             with suppress(OSError):  # of a full disk the error that is on its way tells
-                # A refusal to resume leaves the run as it was.
-                before = self._before if issubclass(kind, ValueError) else ""
-                write_text(self.folder / "STATUS", before or "failed\n")
+                write_text(self.folder / "STATUS", "failed\n")
         self.close()
 
 

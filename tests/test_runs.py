@@ -97,12 +97,15 @@ def test_a_run_leaves_its_record(tmp_path: Path) -> None:
 
 def test_the_status_is_running_until_the_run_says_otherwise(tmp_path: Path) -> None:
     with open_run(tmp_path, overwrite=False, resume=False) as run:
+        run.record_attempt({}, CPU)
         assert (tmp_path / "STATUS").read_text() == "running\n"
         run.finish("stopped")
     assert (tmp_path / "STATUS").read_text() == "stopped\n"
-    for status in ("failed", "finished"):
-        with pytest.raises(ZeroDivisionError), open_run(tmp_path, False, False) as run:
-            assert (tmp_path / "STATUS").read_text() == "running\n"
+    for status in ("stopped", "failed", "finished"):  # of an attempt that has not begun, and others
+        with pytest.raises(ZeroDivisionError), open_run(tmp_path, False, True) as run:
+            if status != "stopped":
+                run.record_attempt({}, CPU)
+                assert (tmp_path / "STATUS").read_text() == "running\n"
             if status == "finished":
                 run.finish("finished")
             _ = 1 / 0
@@ -116,7 +119,8 @@ def test_a_status_that_cannot_be_written_hides_no_error(
     def fail(path: Path, text: str) -> None:
         raise OSError("full")
 
-    with pytest.raises(ValueError, match="the first"), open_run(tmp_path, False, False):
+    with pytest.raises(ValueError, match="the first"), open_run(tmp_path, False, False) as run:
+        run.record_attempt({}, CPU)
         monkeypatch.setattr(runs, "write_text", fail)
         raise ValueError("the first")
     assert not (tmp_path / "LOCK").exists()
@@ -171,7 +175,7 @@ def test_overwrite_deletes_all_of_a_run(tmp_path: Path) -> None:
     (folder / "STOP.17.0").write_text("")
     (folder / "provenance.json.tmp").write_text("")
     with open_run(folder, overwrite=True, resume=False):
-        assert contents(folder).keys() == {"LOCK", "STATUS"}
+        assert contents(folder).keys() == {"LOCK"}
 
 
 def test_a_deletion_that_was_interrupted_can_be_repeated(
@@ -186,7 +190,7 @@ def test_a_deletion_that_was_interrupted_can_be_repeated(
         patch.setattr(shutil, "rmtree", kill)
         open_run(folder, overwrite=True, resume=False)
     with open_run(folder, overwrite=True, resume=False):
-        assert contents(folder).keys() == {"LOCK", "STATUS"}
+        assert contents(folder).keys() == {"LOCK"}
 
 
 @pytest.mark.parametrize("stranger", ["notes.txt", "thesis/chapter.tex", "plots"])
@@ -427,8 +431,11 @@ def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path: Path) -
     (tmp_path / "attempts" / "17.0").mkdir(parents=True)
     for overwrite, resume in ((False, False), (True, False), (False, True)):
         with open_run(tmp_path, overwrite, resume):
-            assert (tmp_path / "STATUS").read_text() == "running\n"
+            assert (tmp_path / "LOCK").exists()
         assert not (tmp_path / "LOCK").exists()
+    with open_run(tmp_path, overwrite=False, resume=False) as run:
+        run.record_attempt({}, CPU)
+        assert (tmp_path / "STATUS").read_text() == "running\n"
 
 
 def test_two_open_the_same_new_folder_and_one_wins(tmp_path: Path) -> None:
