@@ -154,8 +154,8 @@ def _take_lock(lock: Path) -> None:
 
     Not from the same attempt of the job: on another of its nodes that may be at work.
     """
-    job, attempt = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-    owner = {"job": job and f"{job}.{attempt}", "pid": os.getpid(), "host": HOST}
+    attempt = _slurm_attempt()
+    owner = {"job": attempt, "pid": os.getpid(), "host": HOST}
     ours = lock.with_name(f"LOCK.{HOST}.{os.getpid()}")
     ours.unlink(missing_ok=True)  # of a process of this number before us, perhaps the lock itself
     ours.write_text(json.dumps(owner))
@@ -165,14 +165,20 @@ def _take_lock(lock: Path) -> None:
         other = _read_owner(lock)
         on_this_host = other["host"] == owner["host"]
         is_alive = on_this_host and _is_alive(int(other["pid"]))
-        was_ours = bool(job) and other["job"].partition(".")[0] == job
-        is_requeued = was_ours and other["job"] != owner["job"]
+        job = other["job"].partition(".")[0]
+        is_requeued = bool(job) and attempt.startswith(f"{job}.") and attempt != other["job"]
         if is_alive or not (on_this_host or is_requeued):
             name = f"process {other['pid']} on {other['host']}, job {other['job'] or 'none'}"
             raise ValueError(f"{lock.parent} is in use by {name}; delete {lock} if not") from None
         _replace_lock(lock, ours, other)
     finally:
         ours.unlink(missing_ok=True)
+
+
+def _slurm_attempt() -> str:
+    """JOB.RESTARTS, the name of this attempt of a Slurm job; empty without one."""
+    job, restarts = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
+    return f"{job}.{restarts or 0}" if job else ""
 
 
 def _link(lock: Path, ours: Path) -> None:
@@ -271,8 +277,7 @@ class RunFolder:
             self._is_running = True
             write_text(self.folder / "STATUS", "running\n")
             record = {"config": config, **_provenance(device)}
-            job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
-            name = f"{job}.{restart or 0}" if job else time.strftime("%Y%m%d-%H%M%S")
+            name = _slurm_attempt() or time.strftime("%Y%m%d-%H%M%S")
             attempt, first = self.folder / "attempts" / name, self.folder / "provenance.json"
             while attempt.exists():  # twice within one job or second
                 attempt = attempt.with_name(f"{attempt.name}+")
