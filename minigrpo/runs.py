@@ -20,11 +20,11 @@ import socket
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Literal, TypeAlias
@@ -536,14 +536,12 @@ def slow_bfloat16(precision: str, device: torch.device) -> list[str]:
     """
     if precision != "bfloat16" or device.type != "cpu":
         return []
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix, stamps = torch.ones(256, 256, dtype=dtype), [time.perf_counter()]
-        for _ in range(4):
-            matrix @ matrix
-            stamps.append(time.perf_counter())
-        seconds.append(min(end - begin for begin, end in pairwise(stamps)))
-    slower = seconds[1] / seconds[0]
+    matrix = torch.ones(256, 256)
+    wide, narrow = (
+        min(timeit.repeat("a @ a", repeat=4, number=1, globals={"a": matrix.to(dtype)}))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    slower = narrow / wide
     if slower < 1.5:
         return []
     return [

@@ -1,5 +1,6 @@
 """The run folder: one owner, nothing of others deleted, no step twice, every line valid JSON."""
 
+import functools
 import itertools
 import json
 import math
@@ -853,9 +854,10 @@ def test_bfloat16_that_is_slow_is_warned_of(
     seconds: float, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the quickest of a few products of each, after one that may be slow."""
-    taken = [0.0, 5.0, 1.0, 2.0, 1.0, 0.0, 9 * seconds, 2 * seconds, seconds, 3 * seconds]
-    clock = iter(itertools.accumulate(taken))
-    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    taken = [5.0, 1.0, 2.0, 1.0, 9 * seconds, 2 * seconds, seconds, 3 * seconds]
+    clock = itertools.accumulate(passed for product in taken for passed in (0.0, product))
+    repeat = functools.partial(runs.timeit.repeat, timer=lambda: next(clock))
+    monkeypatch.setattr(runs.timeit, "repeat", repeat)
     found = slow_bfloat16("bfloat16", CPU)
     assert [said in line for line in found] == ([] if said is None else [True])
     assert not [*clock]
