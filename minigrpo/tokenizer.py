@@ -30,8 +30,6 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
 
     An ordinary Hugging Face fast tokenizer that splits at white space; `save_pretrained` writes it.
     """
-    if codec.style != "numbers":
-        raise ValueError(f"style must be numbers for the number tokenizer, got {codec.style}")
     steps = round(plant.control_bound * 10**codec.decimals)
     if not math.isclose(steps, plant.control_bound * 10**codec.decimals):
         raise ValueError(

@@ -148,8 +148,8 @@ def test_no_prompt_and_no_control_holds_an_unknown_word(plant, codec):
 
 
 def test_the_number_tokenizer_is_for_numbers():
-    with pytest.raises(ValueError, match="style must be numbers"):
-        number_tokenizer(PLANT, WORDS)
+    with pytest.raises(ValueError, match=r"must keep '<CONTROLS>-3\.000, .*got '<unk>"):
+        make_task(PLANT, QuadraticCost(), WORDS, number_tokenizer(PLANT, WORDS))
 
 
 def test_a_bound_that_text_would_round_is_refused():
