@@ -113,9 +113,7 @@ def check_apart(save_dir: Path, name: str, folder: Path) -> None:
         )
 
 
-def open_run(
-    save_dir: str | Path, overwrite: bool, resume: bool, tensorboard: bool = False
-) -> RunFolder:
+def open_run(folder: Path, overwrite: bool, resume: bool, tensorboard: bool = False) -> RunFolder:
     """Take possession of a run folder; use it in a `with`, which gives it back.
 
     ValueError: it holds another run and neither flag is given, files that no run wrote, or another
@@ -125,7 +123,6 @@ def open_run(
         raise ValueError("overwrite and resume must not both be given")
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs an extra: pip install -e .[tensorboard]")
-    folder = Path(save_dir)
 
     def prepare() -> None:
         make_folder(folder)

@@ -441,8 +441,8 @@ def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path: Path) -
 
 def test_two_open_the_same_new_folder_and_one_wins(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from minigrpo.runs import open_run\n"
-        "with open_run(sys.argv[1], False, True): print('in', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from minigrpo.runs import open_run\n"
+        "with open_run(Path(sys.argv[1]), False, True): print('in', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
