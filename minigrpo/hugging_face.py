@@ -288,12 +288,11 @@ def _parameter_names(config: TransformerConfig) -> dict[str, dict[str, int]]:
 def to_hugging_face(
     state: dict[str, Tensor], config: TransformerConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters under transformers' names, fused ones split."""
+    """Our parameters under transformers' names, fused ones split: views, which a file may hold."""
     names = _parameter_names(config)
     for ours, value in state.items():
         pieces = torch.split(value.contiguous(), list(names[ours].values()))
-        for theirs, piece in zip(names[ours], pieces, strict=True):
-            yield theirs, piece.clone() if len(pieces) > 1 else piece  # no file takes two views
+        yield from zip(names[ours], pieces, strict=True)
 
 
 def from_hugging_face(tensors: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
