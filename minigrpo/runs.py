@@ -371,12 +371,6 @@ class RunFolder:
         on_rank_zero(lambda: write_text(self.folder / "STATUS", f"{status}\n"))
         self._is_running = False
 
-    def close(self) -> None:
-        """Close what is open and give the lock back."""
-        self._open.close()
-        if rank() == 0:
-            (self.folder / "LOCK").unlink(missing_ok=True)
-
     def __enter__(self) -> RunFolder:
         return self
 
@@ -384,7 +378,9 @@ class RunFolder:
         if kind is not None and self._is_running and rank() == 0:
             with suppress(OSError):  # of a full disk the error that is on its way tells
                 write_text(self.folder / "STATUS", "failed\n")
-        self.close()
+        self._open.close()
+        if rank() == 0:
+            (self.folder / "LOCK").unlink(missing_ok=True)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

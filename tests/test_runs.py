@@ -798,9 +798,10 @@ def test_a_logged_step_is_on_the_disk_before_it_can_have_a_checkpoint(
 def test_an_open_run_is_closed_once_and_then_free(tmp_path: Path) -> None:
     run: RunFolder = open_run(tmp_path, overwrite=False, resume=False)
     assert (tmp_path / "LOCK").exists()
-    run.close()
-    run.close()
-    assert not (tmp_path / "LOCK").exists()
+    for _ in range(2):
+        with run:
+            pass
+        assert not (tmp_path / "LOCK").exists()
     shutil.rmtree(tmp_path)
 
 
