@@ -131,7 +131,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
     try:
         return Manifest.from_json(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -183,7 +183,7 @@ def load_shape(folder: Path) -> TransformerConfig:
         raise ValueError(f"{folder} must be a Hugging Face folder with a config.json, found none")
     try:
         return config_from_json(typed(dict, json.loads(path.read_text()), "config"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -587,6 +587,9 @@ def test_what_is_no_model_folder_is_refused_with_the_command_that_makes_one(tmp_
     (tmp_path / "minigrpo.json").write_text("{")
     with pytest.raises(ValueError, match=r"minigrpo\.json: Expecting property name"):
         load_model(tmp_path)
+    (tmp_path / "minigrpo.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"minigrpo\.json: .*recursion"):
+        load_model(tmp_path)
 
 
 def test_a_tokenizer_of_another_model_or_codec_is_refused(tmp_path: Path) -> None:

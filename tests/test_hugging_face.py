@@ -241,7 +241,7 @@ def test_a_config_key_is_used_inert_or_an_error(model_type, changes, message):
         config_from_json(config_of(model_type, **changes))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{", "null"])
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "null", pytest.param("[" * 200_000, id="deep")])
 def test_a_config_file_that_is_no_object_is_refused_with_its_path(text, tmp_path):
     save_transformer(our_model(), tmp_path)
     (tmp_path / "config.json").write_text(text)
