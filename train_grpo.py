@@ -30,17 +30,16 @@ from minigrpo.checkpoint import Manifest, load_task, save_batch
 from minigrpo.config import GRPOConfig, Resolved, resolve
 from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
 from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_starts, training_starts
-from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
+from minigrpo.distributed import local_world_size, process_group, rank, world_size
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.hugging_face import load_transformer
 from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
-from minigrpo.optim import adamw, cosine_learning_rate, linear, plateau_factor
+from minigrpo.optim import cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, rows_per_prompt, sample_records
 from minigrpo.runs import check_apart, run_command, set_matmul_precision
 from minigrpo.scoring import shared_from
-from minigrpo.tokenizer import gradient_kernel
 from minigrpo.training import Training, given_and_saved, opened
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
@@ -224,42 +223,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_batch(config)
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, device)
-        model = build(config)
-        with opened(config, device) as (run, stop):
-            reference = None
-            if config.kl_beta > 0:  # with adapters it is the same model, seen without them
-                reference = model if config.lora_rank else load_transformer(Path(config.init))
-                reference.is_fused = config.fuse
-            for placed in dict.fromkeys([model, reference or model]):
-                place_model(placed, placed.blocks, device, config.parallel)
-            betas = 0.9, config.adam_beta2
-            optimizer = adamw(
-                model, config.learning_rate, betas, config.weight_decay, config.final_norm_rate
-            )
-            manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
-            training = Training(
-                run, stop, config, manifest, task, model, optimizer, device, reference
-            )
-            training.describe([resolved.table(), str(memory), batch_arithmetic(config)])
+        model, reference = build(config), None
+        if config.kl_beta > 0:  # with adapters it is the same model, seen without them
+            reference = model if config.lora_rank else build(config)
+        manifest = Manifest.of_run("grpo", origin.preset, task, resolved)
+        with opened(config, manifest, task, model, device, reference) as training:
+            training.describe([resolved.table(), memory, batch_arithmetic(config)])
             starts, num_skipped = split_starts(task.plant).training, 0
-            width = config.gradient_smoothing_width
-            kernel = gradient_kernel(task.tokenizer, shape.vocab_size, width, device)
             for step in training.steps():
-                metrics, skipped = rollout_and_update(training, config, starts, kernel, step)
+                metrics, skipped = rollout_and_update(training, config, starts, step)
                 num_skipped = skipped_in_a_row(num_skipped, skipped)
                 failure = ""
                 if num_skipped == MAX_SKIPPED_IN_A_ROW:
                     failure = (
                         f"{num_skipped} optimizer steps in a row had a gradient that is not "
-                        f"finite; their batches are in {run.folder / 'skipped'}; lower "
+                        f"finite; their batches are in {training.run.folder / 'skipped'}; lower "
                         "learning_rate, then --resume"
                     )
                 training.end_step(metrics, failure)
-            training.finish()
 
 
 def rollout_and_update(
-    training: Training, config: GRPOConfig, starts: Tensor, kernel: Tensor | None, step: int
+    training: Training, config: GRPOConfig, starts: Tensor, step: int
 ) -> tuple[dict[str, float], list[bool]]:
     """One step: its metrics, and of each optimizer step whether it was skipped.
 
@@ -273,7 +258,9 @@ def rollout_and_update(
         model, training.reference, prompts, places, acting, task, reward
     )
     updating = time.perf_counter()
-    updated, skipped = update_policy(model, training.optimizer, rollout, acting, step, rate, kernel)
+    updated, skipped = update_policy(
+        model, training.optimizer, rollout, acting, step, rate, training.kernel
+    )
     metrics = rollout_metrics(rollout, experience) | updated | seconds
     metrics["time/update_s"] = time.perf_counter() - updating
     metrics["time/step_s"] = time.perf_counter() - began

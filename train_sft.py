@@ -28,24 +28,18 @@ from minigrpo.data import (
     prompt_lengths,
     split_starts,
 )
-from minigrpo.distributed import local_world_size, place_model, process_group, rank, world_size
+from minigrpo.distributed import local_world_size, process_group, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.hugging_face import find_pretrained, load_shape, load_transformer
 from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
-from minigrpo.optim import adamw, cosine_learning_rate
+from minigrpo.optim import cosine_learning_rate
 from minigrpo.prompts import Codec
 from minigrpo.runs import check_apart, run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
-from minigrpo.tokenizer import (
-    gradient_kernel,
-    load_tokenizer,
-    number_features,
-    number_tokenizer,
-    token_values,
-)
-from minigrpo.training import Training, given_and_saved, opened
+from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
+from minigrpo.training import given_and_saved, opened
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
 # What only a model that is made here has: tokens that are numbers, and a shape to choose.
@@ -111,8 +105,9 @@ def estimate_memory(
     return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
-def batch_of_step(data: SFTBatch, config: SFTConfig, step: int, num_rows: int) -> SFTBatch:
+def batch_of_step(data: SFTBatch, config: SFTConfig, step: int) -> SFTBatch:
     """This rank's rows of a step's batch: every epoch is its own permutation, cut into batches."""
+    num_rows = config.num_demonstrations
     batches = max(1, num_rows // config.batch_size)
     epoch, place = divmod(step, batches)
     order = keyed_generator(config.seed, "batches", epoch).permutation(num_rows)
@@ -187,41 +182,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, device)
         model = build(shape, task, weights, config)
-        with opened(config, device) as (run, stop):
-            place_model(model, model.blocks, device, config.parallel)
-            optimizer = adamw(
-                model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
-            )
-            manifest = Manifest.of_run("sft", config.preset, task, resolved)
-            training = Training(run, stop, config, manifest, task, model, optimizer, device)
+        manifest = Manifest.of_run("sft", config.preset, task, resolved)
+        with opened(config, manifest, task, model, device) as training:
             count = config.num_demonstrations
             size = min(config.batch_size, count)
             plan = f"{count} demonstrations, {config.steps} steps of {size}"
             epochs = f"{config.steps * size / count:.0f} epochs"
-            training.describe([resolved.table(), str(memory), f"{plan} = {epochs}"])
+            training.describe([resolved.table(), memory, f"{plan} = {epochs}"])
             data = training_data(config, task)
             smoothing = label_smoothing(config, task, shape.vocab_size, device)
-            width = config.gradient_smoothing_width
-            kernel = gradient_kernel(task.tokenizer, shape.vocab_size, width, device)
             for step in training.steps():
                 began = time.perf_counter()
                 rate = cosine_learning_rate(
                     step, config.steps, config.learning_rate, config.warmup_steps
                 )
-                batch = batch_of_step(data, config, step, config.num_demonstrations).to(device)
+                batch = batch_of_step(data, config, step).to(device)
                 metrics = supervised_step(
-                    model, optimizer, batch, smoothing, config, step, rate, kernel
+                    model, training.optimizer, batch, smoothing, config, step, rate, training.kernel
                 )
                 metrics["time/step_s"] = time.perf_counter() - began
                 failure = ""
                 if not math.isfinite(metrics["update/grad_norm"]):
-                    save_batch(run.folder, step + 1, batch)
+                    folder = training.run.folder
+                    save_batch(folder, step + 1, batch)
                     failure = (
                         f"the gradient of step {step + 1} is not finite and was not applied; its "
-                        f"batch is in {run.folder / 'skipped'}; lower learning_rate, then --resume"
+                        f"batch is in {folder / 'skipped'}; lower learning_rate, then --resume"
                     )
                 training.end_step(metrics, failure)
-            training.finish()
 
 
 if __name__ == "__main__":

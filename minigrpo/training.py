@@ -1,12 +1,10 @@
 """What both trainers do around their steps: begin or resume, evaluate, publish, log, save, stop.
 
 given, saved = given_and_saved(...)     the flags, and what they resume
-with opened(config, device) as (run, stop):
-    training = Training(...)            published start, or the state of the newest checkpoint
+with opened(...) as training:           the start of a run, or the state of its newest checkpoint
     for step in training.steps():
         metrics = ...                   the trainer's own work, the only thing that differs
         training.end_step(metrics)
-    training.finish()
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
 
 from minigrpo.checkpoint import (
     Manifest,
@@ -39,13 +36,15 @@ from minigrpo.distributed import (
     check_equal_weights,
     from_rank_zero,
     gathered,
+    place_model,
     rank,
     world_size,
 )
 from minigrpo.evaluation import validation_metrics
 from minigrpo.lora import adapters
-from minigrpo.optim import has_converged
+from minigrpo.optim import adamw, has_converged
 from minigrpo.runs import RunFolder, StopSignal, open_run, set_matmul_precision, slow_bfloat16
+from minigrpo.tokenizer import gradient_kernel
 from minigrpo.transformer import Transformer
 
 
@@ -64,9 +63,14 @@ def given_and_saved(
 
 @contextmanager
 def opened(
-    config: SFTConfig | GRPOConfig, device: torch.device
-) -> Iterator[tuple[RunFolder, StopSignal]]:
-    """The run's folder, and what may ask it to stop.
+    config: SFTConfig | GRPOConfig,
+    manifest: Manifest,
+    task: Task,
+    model: Transformer,
+    device: torch.device,
+    reference: Transformer | None = None,
+) -> Iterator[Training]:
+    """The run in its folder, begun or resumed; STATUS says how it ended.
 
     What may refuse a run comes before: --overwrite deletes the one that is there.
     """
@@ -76,7 +80,9 @@ def opened(
         StopSignal(folder, config.stop_after_minutes) as stop,
     ):
         set_matmul_precision(config.matmul_precision, device)
-        yield run, stop
+        training = Training(run, stop, config, manifest, task, model, device, reference)
+        yield training
+        training.finish()
 
 
 @dataclass(eq=False)
@@ -89,26 +95,32 @@ class Training:
     manifest: Manifest
     task: Task
     model: Transformer
-    optimizer: Optimizer
     device: torch.device
-    reference: Transformer | None = None
+    reference: Transformer | None  # of the KL term
 
     def __post_init__(self) -> None:
-        """Take the state of the newest checkpoint if the run is resumed and has one.
+        """Place the models and take the state of the newest checkpoint, if there is one to resume.
 
         ValueError: that is damaged, or of another task, model or KL reference.
         """
-        run, model = self.run, self.model
+        run, model, config = self.run, self.model, self.config
+        for placed in dict.fromkeys([model, self.reference or model]):
+            place_model(placed, placed.blocks, self.device, config.parallel)
+        rate, betas = config.learning_rate, (0.9, config.adam_beta2)
+        norm_rate = config.final_norm_rate if isinstance(config, GRPOConfig) else 1.0
+        self.optimizer = adamw(model, rate, betas, config.weight_decay, norm_rate)
+        width, vocab_size = config.gradient_smoothing_width, model.config.vocab_size
+        self.kernel = gradient_kernel(self.task.tokenizer, vocab_size, width, self.device)
         frozen = model if adapters(model) else self.reference
         self.base = None if frozen is None else base_digest(frozen)  # made once
-        start = latest_checkpoint(run.folder) if self.config.resume else None
-        self.is_resumed, self.is_stopped, self.done = start is not None, False, 0
+        start = latest_checkpoint(run.folder) if config.resume else None
+        self.is_stopped, self.done = False, -1  # finished steps; -1: nothing was evaluated yet
         if start is not None:
             check_tokens(start, self.task)
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
-        run.cut_logs(self.done if self.is_resumed else -1)
-        self.history = run.history() if self.is_resumed else []  # metrics of step 0, 1, ...
-        run.record_attempt(vars(self.config), self.device)
+        run.cut_logs(self.done)
+        self.history = [] if start is None else run.history()  # metrics of step 0, 1, ...
+        run.record_attempt(vars(config), self.device)
 
     def describe(self, lines: Sequence[str]) -> None:
         """Print what will be done, before the first step."""
@@ -124,8 +136,9 @@ class Training:
 
     def steps(self) -> Iterator[int]:
         """The number of finished steps before each step, until the last, a stop or convergence."""
-        self.run.start(self.done if self.is_resumed else -1, self.config.steps)
-        if not self.is_resumed:
+        self.run.start(self.done, self.config.steps)
+        if self.done < 0:
+            self.done = 0
             self.history.append(self._evaluate())
             self.run.log(0, self.history[0])
         elif self.is_finished() and "eval/greedy_reward" not in self.history[-1]:

@@ -40,7 +40,8 @@ EDGES = {
     "gradient_signal": "config distributed transformer rollout update",
     "checkpoint": "config distributed transformer hugging_face double_integrator lora runs lqr "
     "prompts tokenizer data rollout",
-    "training": "config distributed transformer lora optim runs data evaluation checkpoint",
+    "training": "config distributed transformer lora optim runs tokenizer data evaluation "
+    "checkpoint",
 }
 
 # Other people's packages have few doors; empty is any module. numpy is for scipy, plots and keys.

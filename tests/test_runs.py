@@ -26,7 +26,6 @@ import train_grpo
 import train_sft
 from minigrpo import runs, training
 from minigrpo.checkpoint import published
-from minigrpo.config import SFTConfig
 from minigrpo.data import split_starts
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.runs import (
@@ -843,9 +842,10 @@ def test_a_run_computes_products_in_the_precision_that_it_was_told(tmp_path: Pat
     before = torch.get_float32_matmul_precision()
     try:
         for wanted in ("highest", "high"):
-            config = SFTConfig(save_dir=str(tmp_path / wanted), matmul_precision=wanted)
-            with training.opened(config, CPU):
-                assert torch.get_float32_matmul_precision() == wanted
+            few = "--steps=1 --eval-cases=8 --horizon=2 --num-demonstrations=8 --device=cpu".split()
+            few += ["--save-dir", str(tmp_path / wanted), "--matmul-precision", wanted]
+            train_sft.main(few)
+            assert torch.get_float32_matmul_precision() == wanted
     finally:
         torch.set_float32_matmul_precision(before)
 
