@@ -33,14 +33,13 @@ from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_sta
 from minigrpo.distributed import local_world_size, process_group, rank, world_size
 from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
 from minigrpo.hugging_face import load_transformer
-from minigrpo.lora import add_adapters
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
 from minigrpo.optim import cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
 from minigrpo.rollout import make_rollout, rollout_metrics, rows_per_prompt, sample_records
 from minigrpo.runs import check_apart, run_command, set_matmul_precision
 from minigrpo.scoring import shared_from
-from minigrpo.training import Training, given_and_saved, opened
+from minigrpo.training import Training, given_and_saved, opened, prepared
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
 
@@ -105,11 +104,7 @@ def check_batch(config: GRPOConfig) -> None:
 
 def build(config: GRPOConfig) -> Transformer:
     """The model of --init, with adapters if it gets any."""
-    model = load_transformer(Path(config.init))
-    generator = torch.Generator().manual_seed(config.seed)
-    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
-    model.gradient_checkpointing, model.is_fused = config.gradient_checkpointing, config.fuse
-    return model
+    return prepared(load_transformer(Path(config.init)), config)
 
 
 def estimate_memory(
@@ -189,19 +184,20 @@ def settings(
 ) -> tuple[Resolved[GRPOConfig], TransformerConfig, Task, Manifest]:
     """What the flags, the saved run and the folder of --init say; ValueError: they disagree."""
     given, saved = given_and_saved(GRPOConfig, arguments)
+    asked = saved | given
     save_dir = Path(str(given.get("save_dir", GRPOConfig.save_dir)))
-    init = given.get("init", saved.get("init", GRPOConfig.init))
-    if not given.get("measure_signal"):  # which writes nothing
-        check_apart(save_dir, "init", Path(str(init)))
+    init = Path(str(asked.get("init", GRPOConfig.init)))
     started = Path(str(saved.get("init", init)))
+    if not given.get("measure_signal"):  # which writes nothing
+        check_apart(save_dir, "init", init)
     if saved and "init" not in given and not started.exists():
         raise ValueError(f"{save_dir} began from {started}, which is not here: --init says where")
     # One that was moved since, or is relative to another folder, is known by its tokens and, as KL
     # reference or below adapters, by its weights.
-    if started.exists() and started.resolve() != Path(str(init)).resolve():
+    if started.exists() and started.resolve() != init.resolve():
         raise ValueError(f"init must be {started} to resume {save_dir}, got {init}")
-    shape, task, origin = load_task(Path(str(init)))
-    if given.get("credit", saved.get("credit")) == "choice" and task.codec.style != "numbers":
+    shape, task, origin = load_task(init)
+    if asked.get("credit") == "choice" and task.codec.style != "numbers":
         raise ValueError(
             "credit must be completion with codec style words, where a control is many tokens"
         )

@@ -31,7 +31,6 @@ from minigrpo.data import (
 from minigrpo.distributed import local_world_size, process_group, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.hugging_face import find_pretrained, load_shape, load_transformer
-from minigrpo.lora import add_adapters
 from minigrpo.lqr import QuadraticCost
 from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
 from minigrpo.optim import cosine_learning_rate
@@ -39,7 +38,7 @@ from minigrpo.prompts import Codec
 from minigrpo.runs import check_apart, run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
 from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
-from minigrpo.training import given_and_saved, opened
+from minigrpo.training import given_and_saved, opened, prepared
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
 # What only a model that is made here has: tokens that are numbers, and a shape to choose.
@@ -76,16 +75,12 @@ def build(
     shape: TransformerConfig, task: Task, folder: Path | None, config: SFTConfig
 ) -> Transformer:
     """The model to train: its own weights, or random ones, and adapters if it gets any."""
-    generator = torch.Generator().manual_seed(config.seed)
-    if folder is None:
-        model = Transformer(shape)
-        values = token_values(task.tokenizer, shape.vocab_size)
-        initialise(model, generator, number_features(values, shape.width))
-    else:
-        model = load_transformer(folder)
-    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
-    model.gradient_checkpointing, model.is_fused = config.gradient_checkpointing, config.fuse
-    return model
+    if folder is not None:
+        return prepared(load_transformer(folder), config)
+    model, generator = Transformer(shape), torch.Generator().manual_seed(config.seed)
+    values = token_values(task.tokenizer, shape.vocab_size)
+    initialise(model, generator, number_features(values, shape.width))
+    return prepared(model, config)
 
 
 def estimate_memory(

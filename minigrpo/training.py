@@ -41,7 +41,7 @@ from minigrpo.distributed import (
     world_size,
 )
 from minigrpo.evaluation import validation_metrics
-from minigrpo.lora import adapters
+from minigrpo.lora import adapters, add_adapters
 from minigrpo.optim import adamw, has_converged
 from minigrpo.runs import RunFolder, StopSignal, open_run, set_matmul_precision, slow_bfloat16
 from minigrpo.tokenizer import gradient_kernel
@@ -59,6 +59,14 @@ def given_and_saved(
     if saved is not None:
         check_saved(kind, saved, given)
     return given, saved or {}
+
+
+def prepared(model: Transformer, config: SFTConfig | GRPOConfig) -> Transformer:
+    """The model with adapters, if it gets any; its passes will be made as the settings say."""
+    generator = torch.Generator().manual_seed(config.seed)
+    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, generator)
+    model.gradient_checkpointing, model.is_fused = config.gradient_checkpointing, config.fuse
+    return model
 
 
 @contextmanager
