@@ -15,7 +15,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args, get_type_hints
 
@@ -52,6 +52,10 @@ class Settings:
         "a token",
         at_least=1,
     )
+    seed: int = flag(
+        0, "seed of initial weights, data order, sampled tokens and an evaluation's bootstrap",
+        at_least=0, at_most=2**32 - 1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -66,14 +70,17 @@ class Settings:
                     wanted = f"{words.replace('_', ' ')} {limit}"
                     raise ValueError(f"{item.name} must be {wanted}, got {value}")
 
+    def _refuse_changed(self, names: Iterable[str], beside: str) -> None:
+        """ValueError names those of these settings, without effect there, that are not default."""
+        changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} must be left out with {beside}")
+
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
     """What both trainers share."""
 
-    seed: int = flag(
-        0, "seed of initial weights, data order and sampled tokens", at_least=0, at_most=2**32 - 1
-    )
     matmul_precision: Literal["auto", "highest", "high", "medium"] = flag(
         "auto",
         "torch.set_float32_matmul_precision; auto: high (TF32) on a GPU, on a CPU the faster "
@@ -143,9 +150,8 @@ class RunSettings(Settings):
                 f"lora_targets must be some of {','.join(LORA_TARGETS)}, "
                 f"got {', '.join(map(repr, sorted(unknown)))}"
             )
-        for name in ("lora_alpha", "lora_targets"):
-            if not self.lora_rank and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{name} must be left out with lora_rank 0")
+        if not self.lora_rank:
+            self._refuse_changed(("lora_alpha", "lora_targets"), "lora_rank 0")
 
 
 @dataclass(frozen=True)
@@ -318,14 +324,8 @@ class GRPOConfig(RunSettings):
             # 1 / s bounds the deviations that s is made of, not what other choices are worth.
             raise ValueError("advantage_std must be batch or none with credit choice, got group")
         if self.reward == "punishment":
-            of_progress = [
-                item.name
-                for item in dataclasses.fields(self)
-                if item.name.startswith("reward_") or item.name == "adaptive_terminal"
-            ]
-            changed = [n for n in of_progress if getattr(self, n) != getattr(type(self), n)]
-            if changed:
-                raise ValueError(f"{', '.join(changed)} must be left out with reward punishment")
+            weights = [name for name in vars(self) if name.startswith("reward_")]
+            self._refuse_changed([*weights, "adaptive_terminal"], "reward punishment")
         if self.measure_signal and self.parallel != "ddp":
             raise ValueError(f"parallel must be ddp with measure_signal, got {self.parallel}")
 
@@ -343,9 +343,6 @@ class EvalConfig(Settings):
         "",
         "where evaluation.json and plots go; empty: model_path/evaluation, of a checkpoint "
         "evaluation/step-... in the folder of its run",
-    )
-    seed: int = flag(
-        0, "seed of sampled tokens and of the bootstrap", at_least=0, at_most=2**32 - 1
     )
     initial_states: str = flag(
         "", "JSON file, a list of [position, velocity]; replaces the held-out starts"

@@ -194,8 +194,8 @@ def test_help_begins_with_what_the_command_alone_has(
     with pytest.raises(SystemExit):
         parse_flags(GRPOConfig, ["--help"])
     printed = capsys.readouterr().out
-    heads = ["What it alone has:", "--init STR ", "What both trainers share:", "--seed INT "]
-    heads += ["What every command has:", "--device {auto,cpu,cuda}"]
+    heads = ["What it alone has:", "--init STR ", "What both trainers share:"]
+    heads += ["--matmul-precision {auto,", "What every command has:", "--device {auto,cpu,cuda}"]
     places = [printed.index(head) for head in heads]
     assert places == sorted(places)
     assert "--group_size" not in printed  # understood, but not worth a line of its own
@@ -276,9 +276,15 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
         ({"weight_decay": 1e39}, "weight_decay must be at most 1000, got 1e+39"),
         ({"lora_alpha": 8.0}, "lora_alpha must be left out with lora_rank 0"),
         ({"lora_targets": "q_proj"}, "lora_targets must be left out with lora_rank 0"),
+        (
+            {"lora_targets": "q_proj", "lora_alpha": 8.0},
+            "lora_alpha, lora_targets must be left out with lora_rank 0",
+        ),
     ],
 )
-def test_a_wrong_name_or_type_is_an_error(given: dict[str, Value], message: str) -> None:
+def test_a_wrong_type_or_a_setting_without_effect_is_an_error(
+    given: dict[str, Value], message: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(GRPOConfig, given, "tiny")
     assert str(caught.value) == message
@@ -384,7 +390,7 @@ def test_a_shape_that_no_model_can_have_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_weight_of_the_reward_is_a_setting_that_refuses_what_is_no_size() -> None:
+def test_the_settings_have_the_weights_of_the_reward_with_their_ranges_and_defaults() -> None:
     names = {item.name for item in dataclasses.fields(RewardWeights)} - {"terminal_rate"}
     assert names == {
         name.removeprefix("reward_") for name in vars(GRPOConfig()) if name.startswith("reward_")
@@ -394,6 +400,8 @@ def test_every_weight_of_the_reward_is_a_setting_that_refuses_what_is_no_size() 
             GRPOConfig(**{f"reward_{name}": -1e-6})
         with pytest.raises(ValueError, match=f"^reward_{name} must be finite, got inf"):
             GRPOConfig(**{f"reward_{name}": math.inf})
+        # Evaluation scores by the one, training by the other.
+        assert getattr(RewardWeights, name) == getattr(GRPOConfig, f"reward_{name}")
 
 
 @pytest.mark.parametrize(
