@@ -478,14 +478,13 @@ def _with_dashes(word: str) -> str:
 def resolve(
     kind: type[S], given: dict[str, Value], preset: str, saved: dict[str, Value] | None = None
 ) -> Resolved[S]:
-    """Apply the precedence of the module's docstring.
+    """Apply the precedence of the module's docstring. ValueError: wrong type, value out of range.
 
-    ValueError: unknown name, wrong type, value out of range.
+    `given` is of `parse_flags` and `saved` has passed `check_saved`, so all names are known.
     """
     resumed = {name: value for name, value in (saved or {}).items() if name not in OF_ONE_PROCESS}
-    defaults: dict[str, Value] = vars(kind())
     layers = (
-        ("default", defaults),
+        ("default", vars(kind())),
         (f"preset {preset}", PRESETS.get((preset, kind), {})),
         ("resume", resumed),
         ("flag", given),
@@ -493,9 +492,6 @@ def resolve(
     values: dict[str, Value] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:  # a later one has the last word
-        unknown = set(layer) - set(defaults)
-        if unknown:
-            raise ValueError(f"unknown setting {', '.join(sorted(unknown))} from {source}")
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
     if given.get("save_dir", "") == os.environ.get("RUN_DIR"):
