@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minigrpo.checkpoint import Manifest, save_batch
 from minigrpo.config import Resolved, SFTConfig, Value, resolve
@@ -145,24 +144,13 @@ def check_preset(config: SFTConfig, given: Mapping[str, Value]) -> None:
 
 def training_data(config: SFTConfig, task: Task) -> SFTBatch:
     """The fixed demonstrations of this seed."""
-    training, plant = split_starts(task.plant).training, task.plant
+    training = split_starts(task.plant).training
     order = keyed_generator(config.seed, "demonstrations").permutation(len(training))
     starts = training[torch.from_numpy(order[: config.num_demonstrations])]
-    noise = None
-    if config.demonstration_noise > 0:
-        size = config.demonstration_noise
-        noise = disturbances(len(starts), plant.horizon, size, config.seed)
+    size, noise = config.demonstration_noise, None
+    if size > 0:
+        noise = disturbances(len(starts), task.plant.horizon, size, config.seed)
     return demonstrations(starts, task, noise)
-
-
-def label_smoothing(
-    config: SFTConfig, task: Task, vocab_size: int, device: torch.device
-) -> Tensor | None:
-    """`sft.smoothing_matrix`, None for sharp labels."""
-    if config.smoothing_width == 0:
-        return None
-    values = token_values(task.tokenizer, vocab_size)
-    return smoothing_matrix(values, config.smoothing_width).float().to(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,7 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             epochs = f"{config.steps * size / count:.0f} epochs"
             training.describe([resolved.table(), memory, f"{plan} = {epochs}"])
             data = training_data(config, task)
-            smoothing = label_smoothing(config, task, shape.vocab_size, device)
+            smoothing = None  # sharp labels
+            if config.smoothing_width > 0:
+                values = token_values(task.tokenizer, shape.vocab_size)
+                smoothing = smoothing_matrix(values, config.smoothing_width).float().to(device)
             for step in training.steps():
                 began = time.perf_counter()
                 rate = cosine_learning_rate(
