@@ -449,10 +449,13 @@ def test_both_trainers_take_the_flags(tmp_path: Path) -> None:
     config = GRPOConfig(init=str(folder), gradient_checkpointing=True, lora_rank=2)
     model = train_grpo.build(config)
     assert model.gradient_checkpointing and 0 < model.num_trained() < model.num_parameters()
-    assert not train_grpo.build(GRPOConfig(init=str(folder))).gradient_checkpointing
-    supervised = SFTConfig(gradient_checkpointing=True, horizon=2)
+    assert not model.is_fused
+    fused = train_grpo.build(GRPOConfig(init=str(folder), fuse=True))
+    assert fused.is_fused and not fused.gradient_checkpointing
+    supervised = SFTConfig(gradient_checkpointing=True, fuse=True, horizon=2)
     shape, task, weights = train_sft.describe(supervised)
-    assert train_sft.build(shape, task, weights, supervised).gradient_checkpointing
+    model = train_sft.build(shape, task, weights, supervised)
+    assert model.gradient_checkpointing and model.is_fused
 
 
 def gib(size: float) -> Callable[[torch.device], int]:

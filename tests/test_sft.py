@@ -307,3 +307,14 @@ def test_every_step_and_seed_has_its_own_weight_noise():
         for step in (0, 1)
     }
     assert len(losses) == 4
+
+
+def test_every_epoch_shows_each_demonstration_once_in_an_order_of_its_own() -> None:
+    config = SFTConfig(num_demonstrations=12, batch_size=4, seed=3)
+    rows = torch.arange(12).expand(2, 12).T
+    data = SFTBatch(rows, rows, rows >= 0, rows >= 0)
+    batches = [train_sft.batch_of_step(data, config, step).tokens[:, 0] for step in range(6)]
+    assert [len(batch) for batch in batches] == [4] * 6
+    first, second = (torch.cat(epoch) for epoch in (batches[:3], batches[3:]))
+    assert not torch.equal(first, second)
+    assert all(torch.equal(epoch.sort().values, torch.arange(12)) for epoch in (first, second))
