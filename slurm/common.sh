@@ -3,6 +3,7 @@
 # ranks, and for the trainers: stop before the time limit, requeue, resume.
 #
 # Read from the environment, all optional:
+#   MINIGRPO_ROOT    the checkout; default where sbatch was called
 #   MINIGRPO_ENV     a script to source first; default slurm/env.sh, made from env.sh.example
 #   RUN_DIR          run folder of a trainer; default runs/NAME-JOBID, which a requeue finds again.
 #                    An array puts one folder a task in it, seed-TASKID, and that is the seed
@@ -28,6 +29,7 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_node=${nodes[0]:?no node list}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+((nproc > 0)) || nproc=1 # without GPUs Slurm may say 0 of them
 threads=$((SLURM_CPUS_ON_NODE / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 if ((threads == 0)); then

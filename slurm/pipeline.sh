@@ -22,6 +22,10 @@ for argument in "$@"; do
             exit 0
             ;;
         options:--dry-run) dry_run=1 ;;
+        options:--save[-_]dir* | sft:--save[-_]dir* | grpo:--save[-_]dir*)
+            echo "error: set RUN_DIR=... before $0 instead of --save-dir" >&2
+            exit 2
+            ;;
         options:*)
             case $argument in --array* | -a*) array=1 ;; esac
             options+=("$argument")

@@ -287,6 +287,21 @@ def test_a_dry_run_prints_the_commands_and_submits_nothing(environment: dict[str
     assert evaluate[-1] == "slurm/evaluate.sbatch"
 
 
+def test_the_pipeline_refuses_a_save_dir_before_it_submits(environment: dict[str, str]) -> None:
+    for words in ("--save-dir=x", "-- --save-dir x", "-- --steps 3 -- --save_dir x"):
+        command = ["slurm/pipeline.sh", "--dry-run", *words.split()]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "") and "set RUN_DIR=" in done.stderr
+
+
+def test_a_script_that_is_not_submitted_says_how_it_is(environment: dict[str, str]) -> None:
+    alone = {k: v for k, v in environment.items() if k not in ("SLURM_SUBMIT_DIR", "MINIGRPO_ROOT")}
+    for stage in ("sft", "grpo", "evaluate"):
+        command = ["bash", f"slurm/{stage}.sbatch"]
+        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+        assert done.returncode > 0 and f"submit it: sbatch slurm/{stage}.sbatch" in done.stderr
+
+
 def test_a_crash_fails_the_job_and_cancels_its_dependents(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
