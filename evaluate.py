@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minigrpo import evaluation, plots
-from minigrpo.checkpoint import load_model
+from minigrpo.checkpoint import differing, load_model
 from minigrpo.config import EvalConfig, parse_flags, resolve
 from minigrpo.data import Task, split_starts
 from minigrpo.distributed import process_group, rank
@@ -88,17 +88,29 @@ def evaluation_folder(model_path: Path) -> Path:
 
 
 def load_policies(config: EvalConfig) -> dict[str, tuple[Transformer, Task]]:
-    """The models by the names of their rows: beside a baseline, which is sft, the model is grpo."""
+    """Baseline, if there is one, and model by the names of their rows.
+
+    Those are their stages, sft and grpo, or baseline and model if both are of one. ValueError: a
+    baseline of another plant or cost, or one that is the GRPO model of the two.
+    """
     model, task, manifest = load_model(Path(config.model_path))
     if not config.baseline:
         return {manifest.stage: (model, task)}
-    base, base_task, _ = load_model(Path(config.baseline))
-    if (base_task.plant, base_task.cost) != (task.plant, task.cost):
+    base, base_task, base_manifest = load_model(Path(config.baseline))
+    if differ := differing(manifest, base_manifest, ("plant", "cost")):
         raise ValueError(
-            f"baseline {config.baseline} must have the plant and cost of {config.model_path}, "
-            f"{task.plant} {task.cost}, got {base_task.plant} {base_task.cost}"
+            f"baseline {config.baseline} must be for the plant and cost of {config.model_path}: "
+            f"{differ}"
         )
-    return {"sft": (base, base_task), "grpo": (model, task)}
+    names = base_manifest.stage, manifest.stage
+    if names == ("grpo", "sft"):
+        raise ValueError(
+            f"baseline {config.baseline} is of stage grpo and model_path {config.model_path} of "
+            "stage sft: exchange them"
+        )
+    if names[0] == names[1]:
+        names = "baseline", "model"
+    return {names[0]: (base, base_task), names[1]: (model, task)}
 
 
 def check_writable(folder: Path) -> None:

@@ -103,6 +103,18 @@ class Manifest:
         return manifest
 
 
+def differing(wanted: Manifest, got: Manifest, names: Sequence[str]) -> str:
+    """What two manifests disagree in, of these of their fields; empty: in nothing."""
+    ours, theirs = asdict(wanted), asdict(got)
+    found = []
+    for name in names:
+        pairs = {name: (ours[name], theirs[name])}
+        if isinstance(ours[name], dict):  # a record
+            pairs = {f"{name}.{key}": (ours[name][key], theirs[name][key]) for key in ours[name]}
+        found += [f"{key} must be {a}, got {b}" for key, (a, b) in pairs.items() if a != b]
+    return "; ".join(found)
+
+
 def _checked_keys(values: object, expected: set[str], place: str) -> dict[str, object]:
     found = typed(dict, values, place)
     if unknown := found.keys() - expected:
@@ -123,11 +135,11 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / "minigrpo.json"
     if not path.is_file():
         found = "no minigrpo.json in it" if folder.is_dir() else "no such folder"
-        advice = f"python train_sft.py --save-dir {folder} makes one, train_grpo.py trains it on"
+        advice = "train_sft.py makes one, train_grpo.py trains it on"
         if (folder / "config.json").is_file():
-            advice = (
-                f"python train_sft.py --model {folder} --save-dir OTHER makes one of this model"
-            )
+            advice = f"train_sft.py --model {folder} --save-dir OTHER makes one of this model"
+        elif inner := sorted(folder.glob("*/minigrpo.json")):
+            advice = f"did you mean {inner[-1].parent}?"
         raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
     try:
         return Manifest.from_json(json.loads(path.read_text()))
@@ -337,10 +349,8 @@ def load_trainer(
     ValueError, with nothing changed: it is damaged, or was made for another task, model or base.
     """
     saved = load_manifest(folder)
-    for name in ("stage", "preset", "plant", "cost", "codec"):
-        expected, got = getattr(manifest, name), getattr(saved, name)
-        if got != expected:
-            raise ValueError(f"{folder}: {name} must be {expected}, got {got}")
+    if differ := differing(manifest, saved, ("stage", "preset", "plant", "cost", "codec")):
+        raise ValueError(f"{folder}: {differ}")
     loaded = load_transformer(folder)
     if loaded.config != model.config:
         raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
@@ -357,9 +367,9 @@ def load_trainer(
     _check_trainer(tensors, model, path)
     own = adapters(model)
     weights = {name: tensors.pop(f"{ADAPTER}{name}") for name in own} or loaded.state_dict()
-    expected, got = (made.config.get("lora_alpha") for made in (manifest, saved))
-    if own and got != expected:
-        raise ValueError(f"{folder}: lora_alpha must be {expected}, got {got}")
+    alpha, theirs = (made.config.get("lora_alpha") for made in (manifest, saved))
+    if own and theirs != alpha:
+        raise ValueError(f"{folder}: lora_alpha must be {alpha}, got {theirs}")
     places = model.state_dict()
     cut = {name: cut_like(value, places[name]) for name, value in weights.items()}
     model.load_state_dict(cut, strict=not own)

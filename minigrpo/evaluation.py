@@ -321,21 +321,30 @@ def _interval(means: np.ndarray) -> list[float] | None:
 
 
 def make_report(results: Results, task: Task, seed: int) -> Report:
-    """Summaries of all that ran, and grpo minus sft in each mode that both ran."""
+    """Summaries of all that ran, and the last model minus the one before it, where both ran."""
+    pair = _models(results)[-2:]
 
     def summary(name: str, mode: str) -> Summary | None:
         ran = results[name].get(mode)
         return None if ran is None else summarise(ran, _expert(ran, task), seed)
 
     def difference(mode: str) -> Summary | None:
-        a, b = (results.get(name, {}).get(mode) for name in ("grpo", "sft"))
-        return None if a is None or b is None else paired_difference(a, b, _expert(a, task), seed)
+        ran = [results[name][mode] for name in pair if mode in results[name]]
+        if len(ran) < 2:
+            return None
+        b, a = ran
+        return paired_difference(a, b, _expert(a, task), seed)
 
     return Report(
         policies={name: {mode: summary(name, mode) for mode in MODES} for name in results},
         comparison={mode: difference(mode) for mode in MODES},
         num_cases=max(len(ran.cost) for modes in results.values() for ran in modes.values()),
     )
+
+
+def _models(names: Iterable[str]) -> list[str]:
+    """The policies that are not LQR, a baseline first."""
+    return [name for name in names if not name.startswith("lqr")]
 
 
 def _expert(ran: CaseResults, task: Task) -> CaseResults:
@@ -361,7 +370,8 @@ def table(report: Report) -> str:
                 f"{title} {_cell(difference[key], form)} {_cell(difference[f'{key}_ci95'], form)}"
                 for key, title, form in DIFFERENCES
             ]
-            lines.append(f"grpo - sft, {mode}: {', '.join(parts)}")
+            pair = " - ".join(reversed(_models(report.policies)))
+            lines.append(f"{pair}, {mode}: {', '.join(parts)}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"lqr": "#000000", "sft": "#D55E00", "grpo": "#0072B2"}
+COLOURS |= {"baseline": COLOURS["sft"], "model": COLOURS["grpo"]}  # two of one stage
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 DrawStyle = Literal["default", "steps-post"]
 Series = tuple[np.ndarray, np.ndarray]  # steps and values of one metric

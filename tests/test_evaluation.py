@@ -310,7 +310,8 @@ def test_paired_difference_of_numbers_worked_by_hand():
         "cost_ratio_difference_ci95": [-1.5, -1.5],
     }
     found = {"sampled": paired_difference(a, b, lqr), "mpc": None}
-    assert table(Report({}, found, 5)).splitlines()[1:] == [
+    policies = {"lqr": {}, "lqr_rounded": {}, "sft": {}, "grpo": {}}
+    assert table(Report(policies, found, 5)).splitlines()[1:] == [
         "grpo - sft, sampled: reward +2.00 [+2.00, +2.00], gap to LQR closed 25.0% [25.0%, 25.0%], "
         "final error -0.2500 [-0.2500, -0.2500], cost ratio -1.5000 [-1.5000, -1.5000]"
     ]
@@ -703,15 +704,33 @@ def test_pictures_of_an_evaluation_that_is_replaced_go_and_numbers_do_not_wait_f
 
 def test_a_baseline_for_another_plant_is_refused(folders, tmp_path):
     other = publish(tmp_path / "other", "sft", "0.50", make(horizon=1, dt=0.2))
-    with pytest.raises(
-        ValueError, match=r"baseline .*other must have the plant .*dt=0.1.*got.*dt=0.2"
-    ):
+    with pytest.raises(ValueError, match=r"baseline .* must be for .*: plant.dt .* 0.1, got 0.2$"):
         evaluate.main(["--model-path", folders["grpo"], "--baseline", other, "--device", "cpu"])
     task = make(horizon=1)
     dear = make_task(task.plant, QuadraticCost(control=0.2), CODEC, task.tokenizer)
     other = publish(tmp_path / "dear", "sft", "0.50", dear)
-    with pytest.raises(ValueError, match=r"must have the .* cost .*control=0.1.*got.*control=0.2"):
+    with pytest.raises(ValueError, match=r"cost of .*grpo: cost.control must be 0.1, got 0.2$"):
         evaluate.main(["--model-path", folders["grpo"], "--baseline", other, "--device", "cpu"])
+
+
+def test_a_baseline_that_is_the_grpo_model_of_the_two_is_refused(folders):
+    flags = ["--model-path", folders["sft"], "--baseline", folders["grpo"], "--overwrite"]
+    with pytest.raises(ValueError, match=r"baseline .*grpo is of stage grpo.*sft: exchange them"):
+        evaluate.main(flags)
+
+
+def test_two_models_of_one_stage_are_told_apart_by_their_places(folders, tmp_path, capsys):
+    other = publish(tmp_path / "other", "grpo", "0.50", make(horizon=1))
+    flags = ["--model-path", folders["grpo"], "--baseline", other, "--device", "cpu", "--skip-mpc"]
+    evaluate.main([*flags, "--num-cases", "7", "--save-dir", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert list(report["policies"]) == ["lqr", "lqr_rounded", "baseline", "model"]
+    model, baseline = (
+        report["policies"][name]["greedy"]["reward_mean"] for name in ("model", "baseline")
+    )
+    gain = report["comparison"]["greedy"]["reward_difference"]
+    assert gain == pytest.approx(model - baseline) and abs(gain) > 0.1
+    assert f"model - baseline, greedy: reward {gain:+.2f}" in capsys.readouterr().out
 
 
 def test_the_seed_of_an_evaluation_is_also_that_of_its_intervals(folders, tmp_path, monkeypatch):
