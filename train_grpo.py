@@ -93,12 +93,12 @@ def prompts_of_step(
 
 
 def check_batch(config: GRPOConfig) -> None:
-    """ValueError if a rank would have no prompt at all, or a minibatch none."""
+    """ValueError unless every rank has a prompt in every minibatch."""
     needed = config.num_minibatches * world_size()
     if config.prompts_per_step < needed:
         raise ValueError(
             f"prompts_per_step must be at least num_minibatches x ranks = {needed}, "
-            f"got {config.prompts_per_step}"
+            f"got {config.prompts_per_step}: more of them, or a smaller num_minibatches"
         )
 
 

@@ -48,8 +48,8 @@ class Settings:
     )
     rows_per_batch: int = flag(
         512,
-        "rows decoded together, in evaluation too, which bounds the key-value cache; cannot change "
-        "a token",
+        "rows decoded together, in evaluation too, which bounds the key-value cache; changes a "
+        "token only where rounding decides",
         at_least=1,
     )
     seed: int = flag(
@@ -136,7 +136,9 @@ class RunSettings(Settings):
         "ddp", "with torchrun: ddp keeps the whole model on each rank, fsdp shards it"
     )
     memory_check: Literal["refuse", "warn", "off"] = flag(
-        "refuse", "a run whose estimate, an upper bound, exceeds the free memory: stop it, or warn"
+        "refuse",
+        "what becomes of a run whose estimate, an upper bound, exceeds the free memory; off: "
+        "nothing is estimated",
     )
     sync_check: int = flag(
         50, "with torchrun: steps between checks that all ranks hold equal weights; 0 is never",
@@ -262,8 +264,8 @@ class GRPOConfig(RunSettings):
     weight_decay: float = flag(0.0, "AdamW decay of the matrices", at_least=0, at_most=1000)
     target_kl: float = flag(
         0.0,
-        "the optimizer steps that are left of a rollout are not made once the policy has drifted "
-        "from the one that sampled by this KL, in nats a token; 0: all are made",
+        "once KL(old, current) exceeds this, in nats a token, the optimizer steps that are left of "
+        "a rollout are not made; 0: all are made",
         at_least=0,
     )
     kl_beta: float = flag(
@@ -271,9 +273,15 @@ class GRPOConfig(RunSettings):
     )
     clip_eps_low: float = flag(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
     clip_eps_high: float = flag(0.2, "the ratio is clipped above 1 + this", above=0)
-    aggregation: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "token weights of the loss")
+    aggregation: Literal["grpo", "dapo", "dr_grpo"] = flag(
+        "dapo",
+        "the loss is a mean over all tokens of the optimizer step (dapo), over rows of the mean of "
+        "each (grpo), or the sum over rows times the largest length (dr_grpo)",
+    )
     advantage_std: Literal["group", "batch", "none"] = flag(
-        "group", "what advantages are divided by"
+        "group",
+        "advantages are divided by the standard deviation of their group's rewards, of all rewards "
+        "of the step, or by nothing",
     )
     credit: Literal["completion", "choice"] = flag(
         "completion",
@@ -322,7 +330,10 @@ class GRPOConfig(RunSettings):
             raise ValueError("measure_signal and resume must not both be given: it looks at --init")
         if self.credit == "choice" and self.advantage_std == "group":
             # 1 / s bounds the deviations that s is made of, not what other choices are worth.
-            raise ValueError("advantage_std must be batch or none with credit choice, got group")
+            raise ValueError(
+                "advantage_std must be batch or none with credit choice, got group; or choose "
+                "credit completion"
+            )
         if self.reward == "punishment":
             weights = [name for name in vars(self) if name.startswith("reward_")]
             self._refuse_changed([*weights, "adaptive_terminal"], "reward punishment")
@@ -352,7 +363,7 @@ class EvalConfig(Settings):
     )
     skip_mpc: bool = flag(False, "leave out receding-horizon control (alias --skip-mcp)")
     mpc_cases: int = flag(
-        64, "starts of the receding-horizon run, the first of the held-out ones", at_least=2
+        64, "starts of the receding-horizon run, the first ones of the evaluation", at_least=2
     )
     temperature: float = flag(1.0, "of the sampled rows", above=0)
     top_p: float = flag(1.0, "nucleus mass of the sampled rows", above=0, at_most=1)
@@ -425,8 +436,10 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
     Plain argparse: HfArgumentParser takes a field's metadata for keywords, and ours has ranges.
     RUN_DIR stands for --save-dir in the batch scripts, where a requeued job must find its folder.
     """
+    is_trainer = issubclass(kind, RunSettings)
+    about = "Defaults of tiny or pretrained go with that kind of model." if is_trainer else ""
     parser = argparse.ArgumentParser(
-        description=f"{kind.__doc__} Defaults of tiny or pretrained go with that kind of model.",
+        description=f"{kind.__doc__} {about}",
         usage="%(prog)s [--flag value ...]    (--help explains the flags)",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -434,12 +447,12 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
     items = {item.name: item for item in dataclasses.fields(kind)}
     hints, known = get_type_hints(kind), []
     for owner in kind.__mro__[:-1]:  # a command's own flags before those it shares
-        title = "What it alone has" if owner is kind else str(owner.__doc__).partition(";")[0]
+        title = "Flags of this command" if owner is kind else str(owner.__doc__).partition(";")[0]
         group = parser.add_argument_group(title.rstrip("."))
         for name in inspect.get_annotations(owner):
             default, wanted = items[name].default, f"--{name.replace('_', '-')}"
             known.append(wanted)
-            defaults = [f"default: {default}"]
+            defaults = [f"default: {default if default != '' else 'none'}"]
             for (preset, of_kind), values in PRESETS.items():
                 if of_kind is kind and values.get(name, default) != default:
                     defaults.append(f"{preset}: {values[name]}")
@@ -458,7 +471,7 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
     if kind is EvalConfig:
         hidden = argparse.SUPPRESS  # a usual misspelling
         parser.add_argument("--skip-mcp", dest="skip_mpc", action="store_true", help=hidden)
-    if issubclass(kind, RunSettings) and "RUN_DIR" in os.environ:
+    if is_trainer and os.environ.get("RUN_DIR"):
         parser.set_defaults(save_dir=os.environ["RUN_DIR"])
     words = sys.argv[1:] if arguments is None else arguments
     given, unknown = parser.parse_known_args([_with_dashes(word) for word in words])

@@ -22,6 +22,7 @@ from minigrpo.checkpoint import (
     check_tokens,
     is_best,
     latest_checkpoint,
+    load_manifest,
     load_trainer,
     prune_checkpoints,
     publish_model,
@@ -29,7 +30,14 @@ from minigrpo.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from minigrpo.config import GRPOConfig, SFTConfig, Value, check_saved, parse_flags
+from minigrpo.config import (
+    OF_ONE_PROCESS,
+    GRPOConfig,
+    SFTConfig,
+    Value,
+    check_saved,
+    parse_flags,
+)
 from minigrpo.data import Task, split_starts
 from minigrpo.distributed import (
     any_rank,
@@ -122,10 +130,17 @@ class Training:
         frozen = model if adapters(model) else self.reference
         self.base = None if frozen is None else base_digest(frozen)  # made once
         start = latest_checkpoint(run.folder) if config.resume else None
+        self.changes: list[str] = []  # of settings, since the checkpoint
         self.is_stopped, self.done = False, -1  # finished steps; -1: nothing was evaluated yet
         if start is not None:
             check_tokens(start, self.task)
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
+            saved = load_manifest(start).config
+            self.changes = [
+                f"{name} {saved[name]} -> {value}"
+                for name, value in vars(config).items()
+                if name not in OF_ONE_PROCESS and saved[name] != value
+            ]
         run.cut_logs(self.done)
         self.history = [] if start is None else run.history()  # metrics of step 0, 1, ...
         run.record_attempt(vars(config), self.device)
@@ -137,6 +152,10 @@ class Training:
             sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
             place = f"device {self.device}, {world_size()} rank(s), {sizes}"
             print(*lines, place, *slow_bfloat16(self.config.precision, self.device), sep="\n")
+            if self.changes:
+                print(f"changed after step {self.done}: {', '.join(self.changes)}")
+            if self.done >= 0 and self.is_finished():
+                print(f"finished at step {self.done} already, nothing is trained: more --steps?")
 
     def column(self, name: str) -> list[float]:
         """One metric of the steps so far that have it, in order."""

@@ -181,7 +181,8 @@ def test_help_has_every_field_with_its_text_and_its_defaults(
             for (preset, of_kind), values in PRESETS.items()
             if of_kind is kind and item.name in values and values[item.name] != item.default
         ]
-        assert f"{text} (default: {item.default}{''.join(differ)})".strip() in printed
+        default = item.default if item.default != "" else "none"
+        assert f"{text} (default: {default}{''.join(differ)})".strip() in printed
     if kind is GRPOConfig:
         assert "(default: 32; tiny: 512)" in printed
         assert "(default: 128; pretrained: 8)" in printed
@@ -194,7 +195,7 @@ def test_help_begins_with_what_the_command_alone_has(
     with pytest.raises(SystemExit):
         parse_flags(GRPOConfig, ["--help"])
     printed = capsys.readouterr().out
-    heads = ["What it alone has:", "--init STR ", "What both trainers share:"]
+    heads = ["Flags of this command:", "--init STR ", "What both trainers share:"]
     heads += ["--matmul-precision {auto,", "What every command has:", "--device {auto,cpu,cuda}"]
     places = [printed.index(head) for head in heads]
     assert places == sorted(places)

@@ -1041,6 +1041,22 @@ def test_a_resumed_run_keeps_a_model_that_is_better_than_what_it_does_again(
         assert published(folder) == best
 
 
+def test_a_resumed_run_says_what_changed_and_whether_anything_is_left_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init, folder = untrained_checkpoint(tmp_path / "init"), tmp_path / "run"
+    flags = [*FEW.split(), "--init", str(init), "--save-dir", str(folder), "--resume"]
+    train_grpo.main([*flags, "--steps=1", "--kl-beta=0.25"])
+    first = capsys.readouterr().out
+    train_grpo.main([*flags, "--steps=2", "--kl-beta=0.5", "--stop-after-minutes=60"])
+    second = capsys.readouterr().out
+    assert "\nchanged after step 1: steps 1 -> 2, kl_beta 0.25 -> 0.5\n" in second
+    train_grpo.main(flags)
+    third = capsys.readouterr().out
+    assert "\nfinished at step 2 already, nothing is trained: more --steps?\n" in third
+    assert "changed" not in first + third and "already" not in first + second
+
+
 def test_what_ends_a_run_early_is_evaluated_before_it_is_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
