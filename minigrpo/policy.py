@@ -18,13 +18,13 @@ K columns of a basis; support holds ids, -1 is filler.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from minigrpo.shapes import check_shapes
 from minigrpo.transformer import fused
 
 # Tokens of a block of the vocabulary, where draws and top-p go over it in two levels.
@@ -188,20 +188,12 @@ def _first_above(cdf: Tensor, shares: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(cdf, shares.to(cdf) * total, right=True), last)
 
 
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """Of the taken tokens, under one policy on the stored support."""
 
     logprobs: Tensor  # [M, C] log q, nats; its gradient is the policy gradient's
     entropy: Tensor | None = None  # [M, C] of q, nats, without gradient, if it was asked for
     mass: Tensor | None = None  # [M, C, K] of q on each column of a basis, if there is one
-
-    def __post_init__(self) -> None:
-        check_shapes(
-            logprobs=(self.logprobs, "M C"),
-            entropy=(self.entropy, "M C"),
-            mass=(self.mass, "M C K"),
-        )
 
 
 def score_logits(

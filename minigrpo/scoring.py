@@ -24,7 +24,6 @@ from minigrpo.policy import TokenScores, score_logits, tempered
 from minigrpo.transformer import SharedPrompts, Transformer, fused
 
 T = TypeVar("T", bound=tuple[Tensor | None, ...])
-ScoreTensors = tuple[Tensor, Tensor | None, Tensor | None]  # what `TokenScores` is made of
 # Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`); on a GPU, where
 # a chunk must be large to be worth its own pass over the head's weight, four times as many.
 CHUNK_ELEMENTS = 2**27
@@ -49,53 +48,44 @@ def completion_scores(
     of them if it is long and nothing is padded. The last completion token is never fed, and only
     completion positions reach the head, in chunks.
     """
+    (num_prompts, length), fed = prompt_tokens.shape, completion_tokens[:, :-1]
+    group = len(fed) // max(1, num_prompts)
+    is_padded, shared = not bool(prompt_mask.all()), None
+    if group > 1 and not is_padded and length >= shared_from(fed.is_cuda):
+        shared = SharedPrompts(num_prompts, length, len(fed))
+        tokens = rearrange(torch.cat([prompt_tokens.flatten(), fed.flatten()]), "t -> 1 t")
+    else:
+        repeated = repeat(prompt_tokens, "p l -> (p g) l", g=group)
+        tokens = torch.cat([repeated, fed], dim=1)  # [M, L + C - 1]
+    if is_padded:
+        # Padding goes to the right, where it needs no mask: no real token comes after it, and what
+        # is scored there is masked.
+        pads = repeat((~prompt_mask).sum(dim=1), "p -> (p g) 1", g=group)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
     formula = fused(score_logits) if model.is_fused else score_logits
 
-    def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> ScoreTensors:
+    def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> TokenScores:
         if kept is None and basis is None and logits.is_cuda:
-            scores = score_untruncated(logits, taken, has_entropy, model.is_fused)
-        elif kept is None and basis is not None and not model.is_fused:
-            scores = score_all(logits, taken, basis, has_entropy)
+            return score_untruncated(logits, taken, has_entropy, model.is_fused)
+        if kept is None and basis is not None and not model.is_fused:
+            return score_all(logits, taken, basis, has_entropy)
+        return formula(logits, taken, kept, 1.0, basis, has_entropy)
+
+    def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
+        if shared is not None:
+            predicting = shared.last_of_prompts_and_rows(hidden)  # [M, C, E]
+        elif is_padded:
+            index = repeat(places[length - 1 :] - pads, "m c -> m c e", e=hidden.shape[2])
+            predicting = hidden.gather(1, index)
         else:
-            scores = formula(logits, taken, kept, 1.0, basis, has_entropy)
-        return scores.logprobs, scores.entropy, scores.mass
-
-    def head(completions: Tensor, head_weight: Tensor) -> ScoreTensors:
+            predicting = hidden[:, length - 1 :]
         # Divided before the head, which is linear: E numbers of a token instead of V.
-        scaled = tempered(completions, temperature)
-        return in_chunks(score, scaled, head_weight, completion_tokens, support)
+        scaled = tempered(predicting, temperature)
+        return TokenScores(*in_chunks(score, scaled, head_weight, completion_tokens, support))
 
-    num_rows, (num_prompts, length) = len(completion_tokens), prompt_tokens.shape
-    if num_rows > num_prompts:
-        if length >= shared_from(prompt_mask.is_cuda) and bool(prompt_mask.all()):
-            shared = SharedPrompts(num_prompts, length, num_rows)
-            tokens = torch.cat([prompt_tokens.flatten(), completion_tokens[:, :-1].flatten()])
-            found = model(
-                rearrange(tokens, "t -> 1 t"),
-                None,
-                None,
-                lambda hidden, weight: head(shared.last_of_prompts_and_rows(hidden), weight),
-                shared,
-            )
-            return TokenScores(*found)
-        both, group = (prompt_tokens, prompt_mask), num_rows // num_prompts
-        prompt_tokens, prompt_mask = (repeat(x, "p l -> (p g) l", g=group) for x in both)
-    tokens = torch.cat([prompt_tokens, completion_tokens[:, :-1]], dim=1)  # [M, L + C - 1]
-    # Padding goes to the right, where it needs no mask: no real token comes after it, and what is
-    # scored there is masked.
-    pads = (~prompt_mask).sum(dim=1, keepdim=True)  # [M, 1]
-    is_padded, first = bool(pads.any()), prompt_tokens.shape[1] - 1
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    if is_padded:
-        tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
-
-    def output(hidden: Tensor, head_weight: Tensor) -> ScoreTensors:
-        if not is_padded:
-            return head(hidden[:, first:], head_weight)
-        index = repeat(places[first:] - pads, "m c -> m c e", e=hidden.shape[2])
-        return head(hidden.gather(1, index), head_weight)
-
-    return TokenScores(*model(tokens, None, None, output))
+    scores: TokenScores = model(tokens, None, None, output, shared)
+    return scores
 
 
 def shared_from(is_on_cuda: bool) -> int:

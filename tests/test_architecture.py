@@ -19,7 +19,7 @@ EDGES = {
     "optim": "distributed transformer",
     "plots": "",
     "double_integrator": "shapes",
-    "policy": "shapes transformer",
+    "policy": "transformer",
     "scoring": "transformer policy",
     "lora": "distributed transformer hugging_face",
     "memory": "config distributed transformer scoring lora",

@@ -251,7 +251,7 @@ class PrefixTable(nn.Module):
         table = 1.5 * torch.randn(size, vocab, generator=torch.Generator().manual_seed(seed))
         self.table = nn.Parameter(table.double())
 
-    def forward(self, tokens, mask, cache, output):
+    def forward(self, tokens, mask, cache, output, shared=None):
         code, rows = torch.zeros(len(tokens), dtype=torch.int64), []
         for step, first in enumerate(self.first):
             if step:

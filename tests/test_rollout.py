@@ -55,7 +55,7 @@ CONFIG = GRPOConfig(
 class Writer(Transformer):
     """A random model that writes numbers only, and EOS after the third: rarely malformed text."""
 
-    def forward(self, tokens, mask, cache, output):
+    def forward(self, tokens, mask, cache, output, shared=None):
         first = (cache.length if cache else 0) - (PROMPT_LENGTH - 1)  # place of the next token
         places = torch.arange(first, first + tokens.shape[1])
         allowed = torch.full((2, VOCAB), -30.0)
