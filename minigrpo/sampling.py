@@ -101,18 +101,14 @@ def sample_completions(
         # Nobody keeps the decoder, so that its cache is gone before the next one is made.
         decoded = _decoder(model, batch).decode(model, tokens, mask, drawn, acting.temperature)
         batches.append([part[(wanted - start) * group_size :] for part in decoded])
-    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    tokens, mask, logprobs, kept_mass, is_capped, ended, support = joined
+    ended, *columns = (torch.cat(parts) for parts in zip(*batches, strict=True))
     # Fused functions are compiled for each shape, so there it stays the same.
-    longest = length if model.is_fused else int(mask.sum(dim=1).max())
-    tokens, mask, logprobs, kept_mass, is_capped = (part[:, :longest] for part in joined[:5])
+    longest = length if model.is_fused else int(columns[0].sum(dim=1).max())
+    mask, tokens, logprobs, kept_mass, is_capped, support = (x[:, :longest] for x in columns)
     if bool(logprobs.isnan().any()):
         raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
     stored = None
     if acting.top_p < 1.0:
-        # On padding the support is the pad token alone: a log-prob of 0, whoever computes it.
-        support = support[:, :longest]
-        support[:, :, 0] = torch.where(mask, support[:, :, 0], tokens.int())
         widest = support.shape[2] if model.is_fused else int((support >= 0).sum(dim=-1).max())
         stored = support[:, :, :widest].contiguous()
     return Completions(tokens, mask, stored, logprobs, ended, kept_mass, is_capped)
@@ -207,14 +203,18 @@ class _Decoder:
         self.uniforms = torch.zeros(rows, length, dtype=torch.float64, device=device)
         self.seen = torch.ones(rows, in_all, dtype=torch.bool, device=device)
         self.eos = torch.tensor(batch.stop.eos_ids, device=device)
-        self.tokens = torch.full((rows, length), batch.stop.pad_id, device=device)  # [N, C]
+        # What stands where a row was not alive means nothing: `decode` leaves it out.
+        self.tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)  # [N, C]
         self.alive = torch.ones(rows, length + 1, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(rows, length, device=device)
         self.kept_mass = torch.ones(rows, length, device=device)
         self.is_capped = torch.zeros(rows, length, dtype=torch.bool, device=device)
         width = min(batch.acting.support_size, config.vocab_size)
         width = 1 if batch.acting.top_p == 1.0 else width
-        self.support = torch.full((rows, length, width), -1, dtype=torch.int32, device=device)
+        self.support = torch.zeros(rows, length, width, dtype=torch.int32, device=device)
+        # On padding the support is the pad token alone: a log-prob of 0, whoever computes it.
+        self.filler = torch.full((width,), -1, dtype=torch.int32, device=device)
+        self.filler[0] = batch.stop.pad_id
 
     def decode(
         self,
@@ -224,16 +224,13 @@ class _Decoder:
         uniforms: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, ...]:
-        """Until all rows have ended; columns never reached keep filler."""
+        """Until all rows have ended: ended [N] and, [N, C] each, mask, tokens and what is known of
+        them; new tensors, filled up outside of the mask.
+        """
         if self.model is not model:
             _renew(self.model, model)
             self.model.is_fused = self.batch.is_fused
-        self.tokens.fill_(self.batch.stop.pad_id)
         self.alive[:, 1:] = False
-        self.logprobs.zero_()
-        self.kept_mass.fill_(1)
-        self.is_capped.zero_()
-        self.support.fill_(-1)
         self.temperature.fill_(temperature)
         if uniforms is not None:
             self.uniforms.copy_(uniforms)
@@ -254,9 +251,16 @@ class _Decoder:
                 self._replay(steps)
             else:
                 self._advance(steps)
-        found = (self.tokens, self.alive[:, :-1], self.logprobs, self.kept_mass, self.is_capped)
-        # Recorded, the next batch writes into these again.
-        return *(value.clone() for value in found), ~self.alive[:, -1], self.support.clone()
+        mask = self.alive[:, :-1].clone()
+        return (
+            ~self.alive[:, -1],
+            mask,
+            torch.where(mask, self.tokens, self.batch.stop.pad_id),
+            torch.where(mask, self.logprobs, 0.0),
+            torch.where(mask, self.kept_mass, 1.0),
+            self.is_capped & mask,
+            torch.where(rearrange(mask, "n c -> n c 1"), self.support, self.filler),
+        )
 
     def _advance(self, steps: range) -> None:
         for step in steps:
@@ -266,9 +270,9 @@ class _Decoder:
             self._write(self.model(last, mask, self.cache, last_logits), step)
 
     def _write(self, logits: Tensor, step: int) -> None:
-        """Draw column `step` of every row that is alive."""
+        """Draw column `step` of every row."""
         uniforms = None if self.batch.is_greedy else self.uniforms[:, step]
-        now, acting = self.alive[:, step], self.batch.acting
+        acting = self.batch.acting
         temperature = self.temperature if self.batch.is_tempered else 1.0
         if acting.top_p == 1.0 and uniforms is not None and logits.shape[1] > LARGE_VOCABULARY:
             is_fused = self.model.is_fused
@@ -276,14 +280,11 @@ class _Decoder:
         else:
             q = nucleus(tempered(logits, temperature), acting)
             drawn, logq = draw(q, uniforms)
-            self.kept_mass[:, step] = torch.where(now, q.kept_mass, 1.0)
-            self.is_capped[:, step] = q.is_capped & now
+            self.kept_mass[:, step], self.is_capped[:, step] = q.kept_mass, q.is_capped
             if q.support is not None:
-                support = q.support.int()
-                self.support[:, step] = torch.where(rearrange(now, "n -> n 1"), support, -1)
-        self.tokens[:, step] = torch.where(now, drawn, self.batch.stop.pad_id)
-        self.logprobs[:, step] = torch.where(now, logq, 0.0)
-        self.alive[:, step + 1] = now & ~torch.isin(drawn, self.eos)
+                self.support[:, step] = q.support
+        self.tokens[:, step], self.logprobs[:, step] = drawn, logq
+        self.alive[:, step + 1] = self.alive[:, step] & ~torch.isin(drawn, self.eos)
 
     def _replay(self, steps: range) -> None:
         if steps[0] not in self.graphs:
