@@ -40,14 +40,6 @@ class ActingPolicy:
     top_p: float = 0.9
     support_size: int = 128
 
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.support_size < 1:
-            raise ValueError(f"support_size must be at least 1, got {self.support_size}")
-
 
 def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """z / temperature in float32 or wider; z are logits, or what a linear head makes them of."""

@@ -57,10 +57,6 @@ class StopRule:
     pad_id: int
     max_length: int
 
-    def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
-
 
 @torch.no_grad()
 def sample_completions(
@@ -161,9 +157,8 @@ def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
         is_float32 = model.embed.weight.dtype == torch.float32  # autocast leaves float64 alone
         is_cast = is_float32 and batch.dtype != torch.float32 and not _is_sharded(model)
         return _Decoder(_kept_copy(model, batch.dtype) if is_cast else model, batch)
-    if batch in kept.decoders:
-        decoder = kept.decoders.pop(batch)
-    else:
+    decoder = kept.decoders.pop(batch, None)
+    if decoder is None:
         if len(kept.decoders) == MAX_DECODERS:
             del kept.decoders[next(iter(kept.decoders))]  # the one not used for longest
         decoder = _Decoder(_kept_copy(model, batch.dtype), batch, is_recorded=True)

@@ -91,16 +91,6 @@ def test_without_truncation_q_is_the_plain_softmax_of_the_whole_vocabulary():
     assert (q.kept_mass == 1).all() and not q.is_capped.any()
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [("temperature", 0.0), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1),
-     ("top_p", math.nan), ("support_size", 0)],
-)  # fmt: skip
-def test_an_impossible_policy_is_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be"):
-        ActingPolicy(**{field: value})
-
-
 LARGEST_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 

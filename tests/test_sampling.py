@@ -373,8 +373,6 @@ def test_tokens_do_not_depend_on_how_the_cache_grows(top_p, monkeypatch):
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"uniforms must have shape \[12, 13\], got \(12, 12\)"):
         sampled(uniforms=torch.zeros(12, 12))
-    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
-        StopRule((1,), 0, 0)
     with pytest.raises(ValueError, match=r"ended must have shape \[N\] with N=12"):
         replace(sampled(), ended=torch.zeros(11, dtype=torch.bool))
 
