@@ -52,7 +52,7 @@ def completion_scores(
     group = len(fed) // max(1, num_prompts)
     is_padded, shared = not bool(prompt_mask.all()), None
     if group > 1 and not is_padded and length >= shared_from(fed.is_cuda):
-        shared = SharedPrompts(num_prompts, length, len(fed))
+        shared = SharedPrompts(num_prompts, length, group, fed.shape[1])
         tokens = rearrange(torch.cat([prompt_tokens.flatten(), fed.flatten()]), "t -> 1 t")
     else:
         repeated = repeat(prompt_tokens, "p l -> (p g) l", g=group)

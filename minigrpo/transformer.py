@@ -310,7 +310,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """P prompts of L tokens, each before G of M = P G rows of Q tokens, packed into one sequence.
+    """P prompts of L tokens, each before G rows of Q tokens, packed into one sequence; M = P G.
 
     Its P L + M Q tokens are those of the prompts, then those of the rows: all that looks at single
     tokens does a prompt's once and not once a row. Attention alone sees M rows of L + Q. No padding
@@ -319,7 +319,8 @@ class SharedPrompts:
 
     num_prompts: int
     prompt_length: int
-    num_rows: int
+    group_size: int
+    num_new: int  # Q; 0: rows of one token, which is scored without feeding it
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
@@ -330,13 +331,11 @@ class SharedPrompts:
         prompt. On a CPU a softmax joins two products: of the queries of a whole group with the keys
         of their prompt, and of each row's queries with its own keys.
         """
-        # Rows of one token are scored without feeding it: then the prompts are all there is.
-        has_rows = q.shape[2] > self.num_prompts * self.prompt_length
-        if q.is_cuda or bias is None or not has_rows:
+        if q.is_cuda or bias is None or self.num_new == 0:
             q, k, v = (self.spread(x) for x in (q, k, v))
             return self.pack(attend(q, k, v, bias, is_causal))
-        length, scale = self.prompt_length, q.shape[3] ** -0.5
-        sizes = {"p": self.num_prompts, "j": k.shape[1], "g": self.num_rows // self.num_prompts}
+        length, group, scale = self.prompt_length, self.group_size, q.shape[3] ** -0.5
+        sizes = {"p": self.num_prompts, "j": k.shape[1], "g": group, "s": self.num_new}
         parts = [self._parts(x, 2) for x in (q, k, v)]
         first_q, first_k, first_v = (
             rearrange(x, "1 h (p l) d -> p h l d", p=self.num_prompts) for x, _ in parts
@@ -350,19 +349,17 @@ class SharedPrompts:
         shared_keys, shared_values = (
             rearrange(x, "p j l d -> (p j) l d") for x in (first_k, first_v)
         )
-        grouped = rearrange(queries, "(b g) s d -> b (g s) d", g=sizes["g"])
+        grouped = rearrange(queries, "(b g) s d -> b (g s) d", g=group)
         on_prompt = torch.baddbmm(q.new_zeros(1, 1, 1), grouped, shared_keys.mT, alpha=scale)
-        on_prompt = rearrange(on_prompt, "b (g s) l -> (b g) s l", g=sizes["g"])
+        on_prompt = rearrange(on_prompt, "b (g s) l -> (b g) s l", g=group)
         causal = bias[0, :, length:, length:].repeat(1, q.shape[1] // k.shape[1], 1)  # [1, R S, S]
         on_own = torch.baddbmm(causal, queries, keys.mT, alpha=scale)
         weights = F.softmax(torch.cat([on_prompt, on_own], dim=2), dim=2)
-        of_prompt, of_own = torch.split(weights, [length, weights.shape[2] - length], dim=2)
-        of_prompt = rearrange(of_prompt, "(b g) s l -> b (g s) l", g=sizes["g"])
-        mixed = rearrange(of_prompt @ shared_values, "b (g s) d -> (b g) s d", g=sizes["g"])
+        of_prompt, of_own = torch.split(weights, [length, self.num_new], dim=2)
+        of_prompt = rearrange(of_prompt, "(b g) s l -> b (g s) l", g=group)
+        mixed = rearrange(of_prompt @ shared_values, "b (g s) d -> (b g) s d", g=group)
         mixed = torch.baddbmm(mixed, of_own, values)
-        of_rows = rearrange(
-            mixed, "(p j g) (r s) d -> 1 (j r) (p g s) d", s=causal.shape[2], **sizes
-        )
+        of_rows = rearrange(mixed, "(p j g) (r s) d -> 1 (j r) (p g s) d", **sizes)
         return torch.cat([rearrange(of_prompts, "p h l d -> 1 h (p l) d"), of_rows], dim=2)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -373,34 +370,29 @@ class SharedPrompts:
     def spread(self, x: Tensor) -> Tensor:
         """[1, H, P L + M Q, D] -> [M, H, L + Q, D]."""
         prompts, rows = self._parts(x, 2)
-        group = self.num_rows // self.num_prompts
         prompts = rearrange(prompts, "1 h (p l) d -> p 1 h l d", p=self.num_prompts)
-        rows = rearrange(rows, "1 h (p g q) d -> p g h q d", p=self.num_prompts, g=group)
-        whole = torch.cat([prompts.expand(-1, group, -1, -1, -1), rows], dim=3)
+        rows = rearrange(rows, "1 h (p g q) d -> p g h q d", p=self.num_prompts, g=self.group_size)
+        whole = torch.cat([prompts.expand(-1, self.group_size, -1, -1, -1), rows], dim=3)
         return rearrange(whole, "p g h s d -> (p g) h s d")
 
     def pack(self, x: Tensor) -> Tensor:
         """[M, H, L + Q, D] -> [1, H, P L + M Q, D]; of a prompt's copies the first is kept."""
-        prompts, rows = x[:: self.num_rows // self.num_prompts], x[:, :, self.prompt_length :]
+        prompts, rows = x[:: self.group_size], x[:, :, self.prompt_length :]
         prompts = rearrange(prompts[:, :, : self.prompt_length], "p h l d -> 1 h (p l) d")
         return torch.cat([prompts, rearrange(rows, "m h q d -> 1 h (m q) d")], dim=2)
 
     def positions(self, of_row: Tensor) -> Tensor:
         """Those of all packed tokens, [1, P L + M Q], from those of one row [1, L + Q]."""
         prompt, rest = of_row[:, : self.prompt_length], of_row[:, self.prompt_length :]
-        return torch.cat([prompt.repeat(1, self.num_prompts), rest.repeat(1, self.num_rows)], 1)
-
-    def row_length(self, num_tokens: int) -> int:
-        """L + Q."""
-        size = self.num_prompts * self.prompt_length
-        return self.prompt_length + (num_tokens - size) // self.num_rows
+        rows = rest.repeat(1, self.num_prompts * self.group_size)
+        return torch.cat([prompt.repeat(1, self.num_prompts), rows], dim=1)
 
     def last_of_prompts_and_rows(self, hidden: Tensor) -> Tensor:
         """What predicts each token of the rows and one more: [1, P L + M Q, E] -> [M, 1 + Q, E]."""
         prompts, rows = self._parts(hidden, 1)
         last = rearrange(prompts, "1 (p l) e -> p l e", p=self.num_prompts)[:, -1]
-        first = repeat(last, "p e -> (p g) 1 e", g=self.num_rows // self.num_prompts)
-        return torch.cat([first, rearrange(rows, "1 (m q) e -> m q e", m=self.num_rows)], dim=1)
+        first = repeat(last, "p e -> (p g) 1 e", g=self.group_size)
+        return torch.cat([first, rearrange(rows, "1 (m q) e -> m q e", m=len(first))], dim=1)
 
 
 @dataclass(frozen=True)
@@ -474,7 +466,7 @@ class Transformer(nn.Module):
         ones, B = 1, without mask and cache.
         """
         hidden, seen = self.embed(tokens), cache.length if cache else 0
-        one = tokens if shared is None else tokens[:, : shared.row_length(tokens.shape[1])]
+        one = tokens if shared is None else tokens[:, : shared.prompt_length + shared.num_new]
         num_keys = cache.num_read(seen + tokens.shape[1]) if cache else one.shape[1]
         positions, bias, is_causal = _positions_and_bias(one, mask, seen, num_keys, hidden.dtype)
         positions = positions if shared is None else shared.positions(positions)

@@ -132,7 +132,7 @@ def test_a_prompt_prefilled_once_serves_each_member_of_its_group():
 @pytest.mark.parametrize("key_heads", [1, 3, 6])
 def test_rows_attend_to_a_shared_prompt_as_to_a_copy_of_their_own(key_heads, monkeypatch):
     """Two prompts of four tokens, three rows of five each: as on a CPU, and as on a GPU."""
-    shared = SharedPrompts(num_prompts=2, prompt_length=4, num_rows=6)
+    shared = SharedPrompts(num_prompts=2, prompt_length=4, group_size=3, num_new=5)
     draw = torch.Generator().manual_seed(1)
     found = []
     packed = [
