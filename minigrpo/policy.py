@@ -192,13 +192,13 @@ def score_logits(
     logits: Tensor,
     tokens: Tensor,
     support: Tensor | None,
-    temperature: float,
     basis: Tensor | None = None,
     has_entropy: bool = True,
 ) -> TokenScores:
     """log q(token) and the entropy of q: logits [M, C, V], tokens [M, C], support [M, C, S].
 
-    With a support, gathered before the division and the log-sum-exp: work over S values, not V.
+    The logits are z / temperature. With a support, gathered before the log-sum-exp: work over S
+    values, not V.
     With a basis [V, K] also sum_a q(a) basis[a], and its gradient: the mean of all that is linear
     in the basis, such as the values of choices. The entropy takes a tenth of the time with a basis
     and two thirds without.
@@ -206,12 +206,12 @@ def score_logits(
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:
         # On a CPU log_softmax is vectorised and logsumexp is not: a third to a half of its time.
-        inside = F.log_softmax(tempered(logits, temperature), dim=-1)  # [M, C, V]
+        inside = F.log_softmax(tempered(logits, 1.0), dim=-1)  # [M, C, V]
         logq = inside.gather(-1, places).sum(dim=-1)  # of one, as below
     else:
         # One gather for both: each has a backward pass that fills [M, C, V] with zeros.
         ids = torch.cat([places, support.long()], dim=-1)  # [M, C, 1 + S]
-        both = tempered(logits.gather(-1, ids.clamp(min=0)), temperature)
+        both = tempered(logits.gather(-1, ids.clamp(min=0)), 1.0)
         taken, inside = torch.split(both, [1, support.shape[-1]], dim=-1)
         inside = inside.masked_fill(support < 0, -torch.inf)
         norm = torch.logsumexp(inside, dim=-1, keepdim=True)  # [M, C, 1]

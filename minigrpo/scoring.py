@@ -70,7 +70,7 @@ def completion_scores(
             return score_untruncated(logits, taken, has_entropy, model.is_fused)
         if kept is None and basis is not None and not model.is_fused:
             return score_all(logits, taken, basis, has_entropy)
-        return formula(logits, taken, kept, 1.0, basis, has_entropy)
+        return formula(logits, taken, kept, basis, has_entropy)
 
     def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
         if shared is not None:

@@ -341,11 +341,11 @@ def test_the_mean_value_is_over_the_acting_policy_with_its_gradient(
         for m, c, s in itertools.product(range(2), range(3), range(4)):
             if support[m, c, s] >= 0:
                 allowed[m, c, support[m, c, s]] = True
-    plain = score_logits(logits, tokens, support, temperature)
+    plain = score_logits(logits / temperature, tokens, support)
     if way == "by hand":
         got = score_all(logits / temperature, tokens, basis, True)
     else:
-        got = score_logits(logits, tokens, support, temperature, basis)
+        got = score_logits(logits / temperature, tokens, support, basis)
     assert got.mass is not None and got.mass.shape == (2, 3, 4)
     assert got.entropy is not None and not got.entropy.requires_grad
     assert torch.equal(got.entropy, plain.entropy)
@@ -443,7 +443,7 @@ def test_products_of_low_precision_spoil_no_mean_value(precision: torch.dtype) -
     logits[..., NUMBERS.isnan()] -= 3.0
     exact = (logits.double().softmax(-1) @ choices.basis.double() * choices.values).sum(-1)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        mass = score_logits(logits, tokens, None, 1.0, choices.basis).mass
+        mass = score_logits(logits, tokens, None, choices.basis).mass
     assert mass is not None
     got = (mass * choices.values).sum(dim=-1)
     assert (got - exact).abs().max() < (0.05 if precision == torch.bfloat16 else 1e-4) * 5
@@ -460,7 +460,7 @@ def test_the_mean_control_is_that_of_the_numbers_among_the_choices(precision: to
     written = NUMBERS[tokens].nan_to_num(0.0)
     wanted = q @ NUMBERS[numbers] - written
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        mass = score_logits(logits, tokens, None, 1.0, choices.basis).mass
+        mass = score_logits(logits, tokens, None, choices.basis).mass
     assert mass is not None
     got = choices.mean_offset(mass, tokens)
     assert (got - wanted).abs().max() < (0.01 if precision == torch.bfloat16 else 1e-5)

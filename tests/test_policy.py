@@ -169,10 +169,9 @@ def test_logprobs_and_entropy_are_those_of_a_slow_loop(temperature, truncated):
     rows = rows_of(3, 35, 13, "distinct")
     supports, tokens = random_supports(5, 35, 13, 6)
     scores = score_logits(
-        rows.view(7, 5, 13),
+        rows.view(7, 5, 13) / temperature,
         tokens.view(7, 5),
         supports.view(7, 5, 6).int() if truncated else None,
-        temperature,
     )
     for n, row in enumerate(rows.tolist()):
         kept = [t for t in supports[n].tolist() if t >= 0] if truncated else range(13)
@@ -186,12 +185,12 @@ def test_logprobs_and_entropy_are_those_of_a_slow_loop(temperature, truncated):
 
 def test_entropy_is_log_of_the_support_when_uniform_and_zero_for_one_token():
     support = torch.tensor([[[4, 2, 9, -1], [3, -1, -1, -1]]], dtype=torch.int32)
-    scores = score_logits(torch.zeros(1, 2, 11), torch.tensor([[9, 3]]), support, 1.5)
+    scores = score_logits(torch.zeros(1, 2, 11), torch.tensor([[9, 3]]), support)
     assert torch.allclose(scores.entropy, torch.tensor([[math.log(3), 0.0]]))
     assert scores.logprobs[0, 1] == 0
-    whole = score_logits(torch.zeros(1, 1, 11), torch.tensor([[5]]), None, 0.7)
+    whole = score_logits(torch.zeros(1, 1, 11), torch.tensor([[5]]), None)
     assert torch.allclose(whole.entropy, torch.tensor(math.log(11)))
-    sharp = score_logits(torch.tensor([[[0.0, 3e4, -torch.inf]]]), torch.tensor([[1]]), None, 1.0)
+    sharp = score_logits(torch.tensor([[[0.0, 3e4, -torch.inf]]]), torch.tensor([[1]]), None)
     assert sharp.entropy == 0 and sharp.logprobs == 0
 
 
@@ -204,7 +203,7 @@ def test_filler_adds_nothing_to_value_or_gradient():
     results = []
     for support in (supports, wider):
         z = rows.clone().requires_grad_()
-        scores = score_logits(z, tokens, support, 1.5)
+        scores = score_logits(z, tokens, support)
         scores.logprobs.sum().backward()
         results.append((scores.logprobs.detach(), scores.entropy, z.grad))
     for a, b in zip(*results, strict=True):
@@ -213,7 +212,7 @@ def test_filler_adds_nothing_to_value_or_gradient():
 
 def test_a_support_of_one_token_has_logprob_zero_and_no_gradient():
     z = rows_of(9, 1, 7, "distinct").view(1, 1, 7).requires_grad_()
-    scores = score_logits(z, torch.tensor([[6]]), torch.tensor([[[6, -1]]]), 1.5)
+    scores = score_logits(z, torch.tensor([[6]]), torch.tensor([[[6, -1]]]))
     scores.logprobs.sum().backward()
     assert scores.logprobs == 0 and not z.grad.any()
 
@@ -221,9 +220,9 @@ def test_a_support_of_one_token_has_logprob_zero_and_no_gradient():
 def test_half_precision_logits_are_scored_in_float32():
     z = rows_of(3, 6, 13, "distinct").view(2, 3, 13).bfloat16()
     tokens = torch.randint(13, (2, 3), generator=torch.Generator().manual_seed(0))
-    scores = score_logits(z, tokens, None, 1.5)
+    scores = score_logits(z, tokens, None)
     assert scores.logprobs.dtype == torch.float32
-    exact = torch.log_softmax(z.double() / 1.5, dim=-1).gather(-1, tokens.view(2, 3, 1))
+    exact = torch.log_softmax(z.double(), dim=-1).gather(-1, tokens.view(2, 3, 1))
     assert torch.allclose(scores.logprobs.double(), exact.view(2, 3), atol=1e-6)
     assert nucleus(z[0], ActingPolicy()).logprobs.dtype == torch.float32
 

@@ -20,7 +20,7 @@ def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
     weights = torch.randn(2, 5, generator=generator).double()
     found = []
     for way in (score_logits, scoring.score_untruncated):
-        rest = (None, 1.0) if way is score_logits else (True, False)
+        rest = (None,) if way is score_logits else (True, False)
         leaf = z.clone().requires_grad_()
         scores = way(leaf, tokens, *rest)
         (weights * scores.logprobs).sum().backward()
@@ -56,10 +56,9 @@ def test_completions_are_scored_as_one_row_at_a_time_without_padding(truncated):
         row = torch.cat([prompts[n][mask[n]], tokens[n]])
         z = model(row.view(1, -1), None, None, logits)[0, int(mask[n].sum()) - 1 : -1]
         alone = score_logits(
-            z.view(1, 11, 17),
+            z.view(1, 11, 17) / 1.5,
             tokens[n : n + 1],
             None if support is None else support[n : n + 1],
-            1.5,
         )
         assert torch.allclose(scores.logprobs[n], alone.logprobs[0], atol=1e-9)
         assert torch.allclose(scores.entropy[n], alone.entropy[0], atol=1e-9)
