@@ -194,6 +194,8 @@ def gradient_norm(model: nn.Module) -> float:
 
 def scale_gradient(model: nn.Module, factor: float) -> None:
     """Multiply every gradient by the factor, in place: what clipping by the norm does."""
+    if factor == 1.0:
+        return
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)

@@ -151,7 +151,7 @@ def loss_denominator(mask: Tensor, aggregation: Aggregation, max_length: int) ->
     `max_length` is the longest completion allowed, not the width C of the mask at hand, which
     depends on what was sampled: only a constant leaves no length bias (Dr. GRPO, 2503.20783).
     """
-    rows = mask.new_tensor(len(mask), dtype=torch.float64)
+    rows = mask.new_full((), len(mask), dtype=torch.float64)  # new_tensor would copy and wait
     match aggregation:
         case "dapo":
             return mask.sum().double()

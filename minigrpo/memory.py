@@ -15,10 +15,10 @@ A block keeps for each of its tokens, E width, H heads, J key-value heads, D hea
 products, q, k, v, gate, up), and H K attention weights for K keys, in the autocast's dtype; with
 gradient checkpointing E. Where rows share a prompt (`transformer.SharedPrompts`) its tokens count
 once, and q, k and v a second time: attention has copies of them, on CUDA of each row's whole
-sequence. In float32 with grouped heads a GPU keeps the attention weights of these as well, and
-prompts count once a row. It is an upper bound, measured on a CPU at 1.0 to 1.5 times the truth for
-an update and for sampling (tests/test_memory.py). Fused attention kernels (CUDA) keep no
-attention weights, so it is higher there.
+sequence. In float32 with grouped heads a GPU also keeps keys and values as repeated, 2 H D. It is
+an upper bound, measured on a CPU at 1.0 to 1.5 times the truth for an update and for sampling
+(tests/test_memory.py). Fused attention kernels (CUDA) keep no attention weights, so it is higher
+there.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ def memory_estimate(
     if not work.is_on_cuda:
         cache += cache // shape.num_layers  # one layer twice, while it grows
         prefill = max(0, prefill - cache)
-    # Without a fused kernel attention sees whole rows, and keeps its weights for them.
-    is_plain = work.is_on_cuda and not half and shape.num_heads > shape.num_kv_heads
-    tokens, copied = _tokens_of_a_micro_batch(work, is_plain)
+    tokens, copied = _tokens_of_a_micro_batch(work)
     block = tokens * _bytes_of_a_block(shape, length - 1, narrow)
     block += copied * narrow * shape.head_size * (shape.num_heads + 2 * shape.num_kv_heads)
+    if work.is_on_cuda and not half and shape.num_heads > shape.num_kv_heads:
+        block += max(tokens, copied) * narrow * 2 * shape.num_heads * shape.head_size
     kept = 4 * tokens * shape.width if config.gradient_checkpointing else block
     # The gradient of the head's table waits for the embedding's, if they are tied, and their sum.
     table = 0 if config.lora_rank else 4 * shape.vocab_size * shape.width
@@ -180,10 +180,10 @@ def memory_estimate(
     )
 
 
-def _tokens_of_a_micro_batch(work: Workload, is_plain: bool) -> tuple[int, int]:
+def _tokens_of_a_micro_batch(work: Workload) -> tuple[int, int]:
     """Tokens that a block sees, and tokens whose q, k and v attention copies for shared prompts."""
     of_rows = work.micro_rows * (work.prompt_length + work.completion_length - 1)
-    if work.rows_per_prompt == 1 or is_plain:
+    if work.rows_per_prompt == 1:
         return of_rows, 0
     num_prompts = math.ceil(work.micro_rows / work.rows_per_prompt)
     tokens = num_prompts * work.prompt_length + work.micro_rows * (work.completion_length - 1)

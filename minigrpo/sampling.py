@@ -30,7 +30,7 @@ from minigrpo.policy import (
     tempered,
 )
 from minigrpo.shapes import check_record, check_shapes
-from minigrpo.transformer import KVCache, Transformer, last_logits
+from minigrpo.transformer import KVCache, Transformer, last_logits, product_dtype
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def sample_completions(
         batch = _Batch(
             len(tokens), tokens.shape[1], group_size, replace(acting, temperature=1.0),
             acting.temperature != 1.0, stop, is_padded, drawn is None, model.is_fused,
-            _product_dtype(model, tokens.device), tokens.device,
+            product_dtype(model.embed.weight), tokens.device,
         )  # fmt: skip
         # Nobody keeps the decoder, so that its cache is gone before the next one is made.
         decoded = _decoder(model, batch).decode(model, tokens, mask, drawn, acting.temperature)
@@ -108,12 +108,6 @@ def sample_completions(
         widest = support.shape[2] if model.is_fused else int((support >= 0).sum(dim=-1).max())
         stored = support[:, :, :widest].contiguous()
     return Completions(tokens, mask, stored, logprobs, ended, kept_mass, is_capped)
-
-
-def _product_dtype(model: Transformer, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return model.embed.weight.dtype
 
 
 @dataclass(frozen=True)
@@ -154,8 +148,7 @@ def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
     kept = _KEPT.setdefault(model, _Kept())
     if batch not in kept.seen or not has_graphs(model, batch.device):
         kept.seen.add(batch)
-        is_float32 = model.embed.weight.dtype == torch.float32  # autocast leaves float64 alone
-        is_cast = is_float32 and batch.dtype != torch.float32 and not _is_sharded(model)
+        is_cast = batch.dtype != model.embed.weight.dtype and not _is_sharded(model)
         return _Decoder(_kept_copy(model, batch.dtype) if is_cast else model, batch)
     decoder = kept.decoders.pop(batch, None)
     if decoder is None:
@@ -189,6 +182,7 @@ class _Decoder:
     def __init__(self, model: Transformer, batch: _Batch, is_recorded: bool = False):
         self.model, self.batch, self.is_recorded = model, batch, is_recorded
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.stream: torch.cuda.Stream | None = None
         config, device, dtype = model.config, batch.device, batch.dtype
         rows, length = batch.num_prompts * batch.group_size, batch.stop.max_length
         in_all = batch.prompt_length + length
@@ -287,8 +281,11 @@ class _Decoder:
             # prefers on an H100, plans every length anew. What is written here is written again.
             self._advance(steps)
             pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            # A stream of its own: with the graphs of a decoder that goes, torch from 2.12 on frees
+            # what cuBLAS keeps for their stream, which graphs of another decoder would still use.
+            self.stream = self.stream or torch.cuda.Stream(self.batch.device)  # type: ignore[no-untyped-call]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 self._advance(steps)
             self.graphs[steps[0]] = graph
         self.graphs[steps[0]].replay()

@@ -200,15 +200,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool
     h // (H / J). `bias` is 0 or -inf, [B or 1, 1, Q, K]; None allows all, or, with `is_causal`
     (CUDA), the keys up to the query's own place. On a CPU two plain products beat
     scaled_dot_product_attention, in training by up to a factor of 9 (docs/speed.md).
-    The heads of a group are folded into the query length where the kernel at hand would repeat
-    their keys.
+    The heads of a group are folded into the query length, or their keys repeated, where CUDA's only
+    kernel for grouped heads would be the plain one, which keeps all weights.
     """
     group = q.shape[1] // k.shape[1]
     if q.is_cuda and q.shape[2] == 1 and (bias is not None or q.dtype == torch.float32):
         folded = rearrange(q, "b (j g) 1 d -> b j g d", g=group)
         mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
         return rearrange(mixed, "b j g d -> b (j g) 1 d")
-    if q.is_cuda:  # flash reads the keys of one new token at 90 % of a copy's rate
+    if q.is_cuda:
+        if q.dtype == torch.float32:  # flash and cuDNN have bfloat16 alone
+            k, v = (repeat(x, "b j k d -> b (j g) k d", g=group) for x in (k, v))
+            group = 1
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, is_causal=is_causal, enable_gqa=group > 1
         )
@@ -468,7 +471,8 @@ class Transformer(nn.Module):
         hidden, seen = self.embed(tokens), cache.length if cache else 0
         one = tokens if shared is None else tokens[:, : shared.prompt_length + shared.num_new]
         num_keys = cache.num_read(seen + tokens.shape[1]) if cache else one.shape[1]
-        positions, bias, is_causal = _positions_and_bias(one, mask, seen, num_keys, hidden.dtype)
+        dtype = product_dtype(hidden)  # a bias of another one would be cast in every block
+        positions, bias, is_causal = _positions_and_bias(one, mask, seen, num_keys, dtype)
         positions = positions if shared is None else shared.positions(positions)
         cos, sin = rotary(positions, self.config, hidden.dtype)
         new = NewTokens(cos, sin, bias, is_causal, self.is_fused, shared)
@@ -487,6 +491,13 @@ class Transformer(nn.Module):
 
     def num_trained(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That of matrix products with x: under autocast its own, but for float64, which it leaves."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 def logits(hidden: Tensor, head_weight: Tensor) -> Tensor:

@@ -68,10 +68,16 @@ class Graph:
     def pool(self) -> None: ...
 
 
+class Stream:
+    def __init__(self, device: torch.device):
+        assert device == DEVICE
+
+
 class StandIn(TorchDispatchMode):
     """As a mode, for what has no tensor of the device among its arguments yet."""
 
     looks: list[str]
+    streams: list[tuple[Graph, object]]  # graphs, and the streams that they were captured on
     graph: Graph | None = None
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -103,7 +109,8 @@ class StandIn(TorchDispatchMode):
         return changed(result, OnDevice) if is_here else result
 
     @contextmanager
-    def capture(self, graph: Graph, pool: None) -> Iterator[None]:
+    def capture(self, graph: Graph, pool: None, stream: object) -> Iterator[None]:
+        self.streams.append((graph, stream))
         self.graph = graph
         try:
             yield
@@ -157,12 +164,13 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr("minigrpo.sampling.has_graphs", lambda _, device: device == DEVICE)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", STAND_IN.capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(torch, DEVICE.type, torch.cuda, raising=False)  # for checkpoint
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor copies to the device by an operator
-    STAND_IN.looks = []
+    STAND_IN.looks, STAND_IN.streams = [], []
     yield STAND_IN
     torch._C._set_only_lift_cpu_tensors(before)

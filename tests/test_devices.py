@@ -10,6 +10,7 @@ import torch
 from stand_in import DEVICE, Graph, OnDevice, a_gpu, placed  # noqa: F401  a fixture, gpu
 from tiny import untrained_checkpoint
 from torch import Tensor
+from torch.nn import functional as F
 
 import train_grpo
 from minigrpo import sampling, scoring, transformer
@@ -99,6 +100,50 @@ def test_no_length_of_the_cache_is_recorded_that_did_not_run_before(gpu, monkeyp
         decoder = _Decoder(model, batch, is_recorded=True)
         decoder.decode(model, OnDevice(prompts), mask, OnDevice(uniforms), 1.0)
     assert recorded == list(range(6, 5 + LENGTH))
+
+
+def test_graphs_share_a_stream_within_a_decoder_and_with_no_other(gpu, monkeypatch):
+    monkeypatch.setattr(_Decoder, "TOKENS_PER_GRAPH", 4)
+    model = placed(Transformer(TransformerConfig("qwen2", 61, 16, 24, 1, 4, 2, 4)))
+    prompts, uniforms = torch.randint(2, 61, (3, 5)), torch.rand(6, LENGTH, dtype=torch.float64)
+    decoders = []
+    with gpu, torch.no_grad():
+        for top_p in (1.0, 0.5):
+            batch = _Batch(
+                3, 5, 2, ActingPolicy(1.0, top_p), False, StopRule((), 0, LENGTH), False, False,
+                False, torch.float32, DEVICE,
+            )  # fmt: skip
+            decoders.append(_Decoder(model, batch, is_recorded=True))
+            mask = OnDevice(torch.ones(3, 5, dtype=torch.bool))
+            decoders[-1].decode(model, OnDevice(prompts), mask, OnDevice(uniforms), 1.0)
+    first, second = (
+        {stream for graph, stream in gpu.streams if graph in decoder.graphs.values()}
+        for decoder in decoders
+    )
+    assert len(gpu.streams) == 6 and len(first) == len(second) == 1 and first != second
+    assert None not in first | second
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 6), (torch.bfloat16, 2)])
+def test_keys_of_grouped_heads_are_repeated_where_no_kernel_reads_them_grouped(
+    gpu, monkeypatch, dtype, heads
+):
+    seen, library = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return library(q, k, v, **options)
+
+    draw = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, n, 7, 4, generator=draw).to(dtype) for n in (6, 2, 2))
+    causal = torch.full((7, 7), -torch.inf, dtype=dtype).triu(1)
+    expected = transformer.attend(q, k, v, causal[None, None])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with gpu:
+        got = transformer.attend(*(OnDevice(x) for x in (q, k, v)), None, is_causal=True)
+    assert seen == [(heads, heads, heads == 2)]
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(got.held, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize(

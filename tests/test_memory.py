@@ -154,9 +154,13 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
         block = (7 + 3 * 4) * (4 * 32 + 2 * (100 + 4 * 11)) + copied * 2 * 2 * (4 + 2 * 2)
         assert shared["activations"] == 2 * block
         assert shared["at work"] == 4 * 50 * 8 + block * 5 // 4
-    # A GPU in float32 has no fused kernel of grouped heads: then a prompt counts for each row.
-    plain = memory_estimate(shape, GRPOConfig(), alike).update
-    assert plain == memory_estimate(shape, GRPOConfig(), replace(alike, rows_per_prompt=1)).update
+    # A GPU in float32 keeps keys and values as repeated for each of a group's heads.
+    for rows_per_prompt, tokens, copied in ((3, 7 + 3 * 4, 3 * 11), (1, 3 * 11, 0)):
+        wide = replace(alike, rows_per_prompt=rows_per_prompt)
+        block = tokens * (4 * 32 + 4 * (100 + 4 * 11)) + copied * 4 * 2 * (4 + 2 * 2)
+        repeated = 3 * 11 * 4 * 2 * (4 * 2)
+        grouped = memory_estimate(shape, GRPOConfig(), wide).update["activations"]
+        assert grouped == 2 * (block + repeated)
     full = replace(shape, num_kv_heads=4)
     plain = memory_estimate(full, GRPOConfig(), replace(alike, rows_per_prompt=1)).update
     assert memory_estimate(full, GRPOConfig(), alike).update["activations"] < plain["activations"]

@@ -342,7 +342,8 @@ def test_the_cache_has_the_precision_of_the_computation(model, autocast, monkeyp
     monkeypatch.setattr(sampling, "KVCache", Watched)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         sampled(model=model)
-    assert dtypes == {torch.bfloat16 if autocast else model.embed.weight.dtype}
+    own = model.embed.weight.dtype  # autocast leaves float64 alone
+    assert dtypes == {torch.bfloat16 if autocast and own == torch.float32 else own}
 
 
 def test_a_batch_has_given_its_cache_back_before_the_next_one_has_one(monkeypatch):

@@ -14,6 +14,7 @@ from minigrpo.transformer import (
     initialise,
     last_logits,
     logits,
+    product_dtype,
 )
 
 
@@ -291,3 +292,12 @@ def test_one_query_of_a_head_goes_by_the_library_that_is_quicker_for_it(num_new,
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_products_have_autocasts_dtype_but_those_of_float64():
+    x = torch.ones(2)
+    assert product_dtype(x) == torch.float32 and product_dtype(x.double()) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype(x) == (x[None] @ x[:, None]).dtype == torch.bfloat16
+        wide = x.double()
+        assert product_dtype(wide) == (wide[None] @ wide[:, None]).dtype == torch.float64
