@@ -24,6 +24,8 @@ Deviations from DeepSeekMath (2402.03300):
 - KL is ratio times k3. The paper's plain k3 has the value of KL(current, ref), but the gradient
   of KL(ref, current); see `reference_kl`.
 - The default is a token mean over the step (dapo), not a mean per sequence; `grpo` restores it.
+  DAPO's equation divides by the tokens of each group, then averages over prompts; all tokens of the
+  optimizer step at once is what widespread implementations do.
 - Sample standard deviation plus 1e-4; a group whose rewards span less than 1e-6 gets exactly 0.
 - Two clip bounds instead of one, and a kl_beta of 0.01 by default (tiny model 0.001), where 0 loads
   no reference.

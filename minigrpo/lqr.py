@@ -74,7 +74,7 @@ def lqr_controls(
     """Saturated LQR controls [N, T] from initial_states [N, 2].
 
     `decimals` rounds each control inside the loop, so the next sees the effect of the rounded one:
-    the sum of costs grows by 0.001 %; rounding the finished plan costs some starts three times LQR.
+    the sum of costs grows by 0.0005 %; rounding the finished plan makes some three times LQR's.
     """
     return disturbed_lqr_controls(initial_states, plant, cost, decimals, None)[0]
 

@@ -176,8 +176,8 @@ def gradient_kernel(
 ) -> Tensor | None:
     """S = D^-1/2 K D^-1/2 in float32, [V, V]; K = `number_kernel`, D its row sums; None: width 0.
 
-    Symmetric with eigenvalues from 0 to 1 and the identity among words, so that -S G is downhill
-    wherever -G is not 0 and smooth over numbers (`optim.smooth_gradients`).
+    Symmetric with eigenvalues from 0 to 1 and the identity among words, so that -S G is never
+    uphill and smooth over numbers (`optim.smooth_gradients`).
     """
     if width == 0:
         return None
