@@ -40,11 +40,12 @@ test-slow: venv
 test-slurm: venv
 	tests/local_slurm.sh run 2 -- $(PY) -m pytest -m slurm
 
-# Small enough for two minutes on two cores, and too small to learn anything.
+# Plans of 5 controls: enough training for well-formed ones, so that GRPO's steps do something, and
+# little enough for a minute. One thread, since so small a model only waits for a second one.
 smoke: venv
-	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
-	$(PY) train_sft.py --save-dir $$dir/sft --horizon 10 --steps 40 --num-demonstrations 64 \
-		--batch-size 16 --micro-batch-size 8 --eval-every 20 --eval-cases 16; \
+	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; export OMP_NUM_THREADS=1; \
+	$(PY) train_sft.py --save-dir $$dir/sft --horizon 5 --steps 300 --num-demonstrations 400 \
+		--batch-size 16 --micro-batch-size 16 --eval-every 150 --eval-cases 16; \
 	$(PY) train_grpo.py --init $$dir/sft --save-dir $$dir/grpo --steps 3 --prompts-per-step 8 \
 		--num-minibatches 4 --group-size 4 --micro-batch-size 8 --eval-every 2 --eval-cases 16 --save-every 2; \
 	$(PY) train_grpo.py --save-dir $$dir/grpo --resume --steps 4; \
