@@ -40,6 +40,10 @@ def process_group(device: str) -> Iterator[torch.device]:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be auto or cpu on this machine, got cuda: torch sees no GPU")
+    if kind == "cuda" and torch.cuda.get_device_capability()[0] == 10:
+        # On a B200 cuDNN's attention of one new token is wrong with fewer than 8 key-value heads
+        # (pytorch issue 193893): it would sample from another policy.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" not in os.environ:
         yield torch.device(kind)
         return

@@ -93,6 +93,17 @@ def agreements() -> dict[str, object]:
         }
 
 
+@pytest.mark.parametrize(("capability", "calls"), [((9, 0), []), ((10, 0), [False]), ((12, 0), [])])
+def test_attention_that_is_wrong_on_a_gpu_is_switched_off_there(monkeypatch, capability, calls):
+    called: list[bool] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", called.append)
+    with process_group("cuda") as device:
+        assert device == torch.device("cuda") and called == calls
+
+
 def test_every_rank_hears_of_all() -> None:
     found = {world: run_ranks(world, agreements) for world in (1, 2, 3)}
     rows = [[[], []], [[0.0]], [[0.0, 0.0], [1.0, 1.0]]]
