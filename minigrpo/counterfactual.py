@@ -223,7 +223,7 @@ def choice_tally(
         now = position[: t + 1], velocity[: t + 1]
         distance[: t + 1] += distance_from_rest(*now)
         state_costs[: t + 1] += (cost.terminal if t == last else 1.0) * state_cost(*now, cost)
-        outside[: t + 1] += plant.leaves_bounds(*(part.abs() for part in now))
+        outside[: t + 1] += plant.leaves_bounds_(*(part.abs() for part in now))
 
     def up_to_k(of_states: Tensor) -> Tensor:
         """Sum over the own states 0 to k: [T+1, n] -> [T, 1, n]."""
@@ -236,7 +236,7 @@ def choice_tally(
         return at + rearrange(past + future, "t n -> t 1 n")
 
     own_distances = distance_from_rest(states[:, 0], states[:, 1])
-    own_outside = plant.leaves_bounds(states[:, 0].abs(), states[:, 1].abs())
+    own_outside = plant.leaves_bounds_(states[:, 0].abs(), states[:, 1].abs())
     changes = torch.zeros_like(nodes)  # into the node and out of it
     changes[1:] += (nodes[1:] - rearrange(own[:-1], "t n -> t 1 n")).abs()
     changes[:-1] += (rearrange(rest[1:], "t n -> t 1 n") - nodes[:-1]).abs()

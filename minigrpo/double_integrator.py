@@ -83,10 +83,10 @@ class DoubleIntegrator:
         following[0].add_(control, alpha=self.dt**2 / 2)
         torch.add(velocity, control, alpha=self.dt, out=following[1])
 
-    def leaves_bounds(self, position: Tensor, velocity: Tensor) -> Tensor:
-        """1.0 where a state of these absolute values is out of bounds, else 0.0; over `position`.
+    def leaves_bounds_(self, position: Tensor, velocity: Tensor) -> Tensor:
+        """1.0 where a state of these absolute values is out of bounds, else 0.0.
 
-        Floats, since to add bools to a count is slow.
+        Written into `position`, and floats, since to add bools to a count is slow.
         """
         return torch.maximum(position, velocity, out=position).gt_(self.state_bound)
 
@@ -118,7 +118,7 @@ class DoubleIntegrator:
         for k, control in enumerate(applied.unbind(0)):
             self.advance(rows[k], control, rows[k + 1])
             torch.abs(states[k + 1], out=size)
-            outside += self.leaves_bounds(larger, other)
+            outside += self.leaves_bounds_(larger, other)
         return Trajectories(
             states=rearrange(states, "t c n -> n t c"),
             controls=rearrange(applied, "t n -> n t"),

@@ -205,6 +205,7 @@ def make_rollout(
     device = next(model.parameters()).device
     both = (prompts.tokens.to(device), prompts.mask.to(device))
     tokens, mask = (repeat(x, "p l -> (p g) l", g=config.group_size) for x in both)
+    # Of any step: only later epochs are shuffled by it.
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     size = config.micro_batch_size
     micro = [part for rows in first_epoch for part in torch.split(rows.to(device), size)]
