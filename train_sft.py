@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minigrpo.checkpoint import Manifest, save_batch
+from minigrpo.checkpoint import Manifest, load_manifest, save_batch
 from minigrpo.config import Resolved, SFTConfig, Value, resolve
 from minigrpo.data import (
     SFTBatch,
@@ -50,6 +50,11 @@ def describe(config: SFTConfig) -> tuple[TransformerConfig, Task, Path | None]:
     plant, cost = DoubleIntegrator(dt=config.dt, horizon=config.horizon), QuadraticCost()
     if config.preset == "pretrained":
         folder = find_pretrained(config.model)
+        if (folder / "minigrpo.json").exists() and load_manifest(folder).preset == "tiny":
+            raise ValueError(
+                f"model must be a pretrained one, {config.model} is a tiny model: --resume goes on "
+                "with its run, train_grpo.py --init trains it by reward"
+            )
         codec, shape = Codec(style="words", decimals=3), load_shape(folder)
         tokenizer = load_tokenizer(folder, shape.vocab_size)
         return shape, make_task(plant, cost, codec, tokenizer), folder

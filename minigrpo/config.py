@@ -409,6 +409,8 @@ PRESETS: dict[tuple[str, type[Settings]], dict[str, Value]] = {
     ("pretrained", GRPOConfig): {"micro_batch_size": 8},
 }
 
+COMMANDS = {"train_sft.py": SFTConfig, "train_grpo.py": GRPOConfig, "evaluate.py": EvalConfig}
+
 # What belongs to a process rather than to the run: --resume doesn't take it from the saved config.
 OF_ONE_PROCESS = ("overwrite", "resume", "save_dir", "stop_after_minutes")
 
@@ -476,8 +478,17 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
     words = sys.argv[1:] if arguments is None else arguments
     given, unknown = parser.parse_known_args([_with_dashes(word) for word in words])
     if unknown:
-        meant = [m for u in unknown for m in difflib.get_close_matches(u, known, n=2)]
+        flags = [word.partition("=")[0] for word in unknown]
+        meant = [m for u in flags for m in difflib.get_close_matches(u, known, n=2, cutoff=0.75)]
         ask = f" (did you mean {' or '.join(meant)}?)" if meant else ""
+        scripts = {
+            "train_sft.py": SFTConfig,
+            "train_grpo.py": GRPOConfig,
+            "evaluate.py": EvalConfig,
+        }
+        for script, other in scripts.items():
+            if theirs := [u for u in flags if u.lstrip("-").replace("-", "_") in vars(other())]:
+                ask = f" ({', '.join(theirs)}: of {script})"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{ask}")
     return vars(given)
 

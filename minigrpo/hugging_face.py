@@ -164,6 +164,8 @@ def find_pretrained(name: str) -> Path:
     """
     if (Path(name) / "config.json").is_file():
         return Path(name)
+    if Path(name).is_absolute() or name.startswith("."):
+        raise ValueError(f"model {name} must be a folder with a config.json, found none")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -128,6 +128,8 @@ def test_flags_are_what_was_given_and_nothing_else(
             "unrecognized arguments: --temperatur=1 "
             "(did you mean --temperature or --final-temperature?)",
         ),
+        (["--horizon=10"], "unrecognized arguments: --horizon=10 (--horizon: of train_sft.py)"),
+        (["--best_of", "4"], "arguments: --best-of 4 (--best-of: of evaluate.py)"),
         (["--nothing-like-it"], "unrecognized arguments: --nothing-like-it\n"),
         (["--steps", "1e3"], "argument --steps: invalid int value"),
         (["--aggregation", "mean"], "argument --aggregation: invalid choice"),

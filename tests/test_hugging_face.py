@@ -257,7 +257,10 @@ def test_a_folder_without_config_is_refused(tmp_path):
 def test_a_pretrained_model_is_a_folder_or_the_hubs_and_the_error_says_what_to_do(tmp_path):
     save_transformer(our_model(), tmp_path / "model")
     assert find_pretrained(str(tmp_path / "model")) == tmp_path / "model"
-    for name in ("nobody/no-such-model", "no such name!", str(tmp_path)):  # the suite is offline
+    for name in (str(tmp_path), "./no-such-folder"):
+        with pytest.raises(ValueError, match=f"model {name} must be a folder with a config.json"):
+            find_pretrained(name)
+    for name in ("nobody/no-such-model", "no such name!"):  # the suite is offline
         with pytest.raises(ValueError, match=r"no folder with a config\.json.*pass that folder"):
             find_pretrained(name)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_hugging_face import CLASSES
+from tiny import untrained_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -225,6 +226,12 @@ def test_the_settings_of_a_saved_run_are_no_flags_when_it_is_resumed(tmp_path: P
     train_sft.main([*(resume := ["--resume", "--save-dir", str(tmp_path / "tiny")]), *SFT])
     with pytest.raises(ValueError, match="model must not be given with preset tiny, got"):
         train_sft.main([*resume, "--model", str(base)])
+
+
+def test_a_tiny_model_is_no_pretrained_one(tmp_path):
+    tiny = untrained_checkpoint(tmp_path / "tiny")
+    with pytest.raises(ValueError, match=r"model must be a pretrained one, .*tiny is a tiny model"):
+        train_sft.main(["--model", str(tiny), "--save-dir", str(tmp_path / "run")])
 
 
 def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
