@@ -302,6 +302,18 @@ def test_a_script_that_is_not_submitted_says_how_it_is(environment: dict[str, st
         assert done.returncode > 0 and f"submit it: sbatch slurm/{stage}.sbatch" in done.stderr
 
 
+def test_a_job_without_gpus_has_one_rank_or_as_many_as_are_asked_for(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    for ranks, more in ((1, {}), (2, {"NPROC_PER_NODE": "2"})):
+        run = tmp_path / f"run-{ranks}"
+        options = ["--gpus-per-node=0", "--cpus-per-task=2", "slurm/sft.sbatch"]
+        job = submit(*options, *SFT, "--steps", "3", RUN_DIR=str(run), **more)
+        wait(job)
+        assert about(job)["JobState"] == "COMPLETED"
+        assert attempts(run)[f"{job}.0"]["world_size"] == ranks
+
+
 def test_a_crash_fails_the_job_and_cancels_its_dependents(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
