@@ -217,6 +217,7 @@ def test_values_are_rewards_of_plans_with_one_choice_changed(
     got += choices.level[:, :, None]  # W_k(a) of every token
     numbers = (~NUMBERS.isnan()).nonzero().flatten().tolist()
     controls = NUMBERS[tokens[:, :3]].nan_to_num(0.0)
+    assert torch.equal(choices.plans.own, controls) and not controls[1, 1]  # 0 for a word
     for n in range(len(tokens)):
         group = range(n // size * size, n // size * size + size)
         mates = [j for j in group if j != n and written[j] == 4]

@@ -31,10 +31,11 @@ def work(model_type="qwen3", vocab=VOCAB):
 
 
 @pytest.mark.usefixtures("nothing_is_compiled")
-def test_shapes_stay_the_same_from_rollout_to_rollout():
+@pytest.mark.parametrize("size", [SUPPORT, 19])  # fewer and more than there are tokens
+def test_shapes_stay_the_same_from_rollout_to_rollout(size):
     """Each new one would be compiled: half a minute in the middle of a run."""
     model, prompts, mask, generator = work()
-    acting, stop = ActingPolicy(1.1, 0.3, SUPPORT), StopRule(tuple(range(2, 40)), 0, 17)
+    acting, stop = ActingPolicy(1.1, 0.3, size), StopRule(tuple(range(2, 40)), 0, 17)
     for _ in range(3):
         uniforms = torch.rand(6, 17, generator=generator)
         model.is_fused = False
@@ -42,9 +43,9 @@ def test_shapes_stay_the_same_from_rollout_to_rollout():
         model.is_fused = True
         fused = sample_completions(model, prompts, mask, 2, acting, stop, uniforms)
         assert fused.tokens.shape == (6, 17)
-        assert fused.support.shape == (6, 17, SUPPORT)
+        assert fused.support.shape == (6, 17, size)
         length, width = plain.support.shape[1:]
-        assert length < 17 and width < SUPPORT  # or it would show nothing
+        assert length < 17 and width < size  # or it would show nothing
         assert torch.equal(fused.tokens[:, :length], plain.tokens)
         assert torch.equal(fused.support[:, :length, :width], plain.support)
         assert bool((fused.support[:, :length, width:] == -1).all())

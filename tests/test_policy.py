@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minigrpo import policy
 from minigrpo.policy import (
     ActingPolicy,
     Nucleus,
@@ -55,7 +56,12 @@ def rows_of(seed: int, num_rows: int, vocab: int, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["distinct", "tied", "dominant"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("top_p, support_size", [(0.8, 128), (0.9, 5), (0.9, 1), (0.31, 7)])
-def test_the_nucleus_is_that_of_a_slow_loop(kind, temperature, top_p, support_size):
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_the_nucleus_is_that_of_a_slow_loop(
+    kind, temperature, top_p, support_size, by_blocks, monkeypatch
+):
+    """By blocks as on a GPU, where a support may be larger than the vocabulary too."""
+    monkeypatch.setattr(policy, "LARGE_VOCABULARY", 0 if by_blocks else 17)
     rows = rows_of(1, 31, 17, kind)
     q = nucleus(rows, ActingPolicy(temperature, top_p, support_size))
     for n, row in enumerate(rows.tolist()):
@@ -75,6 +81,16 @@ def test_the_token_that_crosses_is_kept_and_the_next_one_is_not():
     for top_p, expected in ((0.5, [1]), (0.5001, [1, 0]), (0.75, [1, 0]), (0.7501, [1, 0, 2])):
         support = nucleus(halves, ActingPolicy(1.0, top_p, 4)).support[0]
         assert support[support >= 0].tolist() == expected
+        for size in (1, 2, 3):  # a nucleus that just fits was not cut
+            is_cut = nucleus(halves, ActingPolicy(1.0, top_p, size)).is_capped
+            assert is_cut.tolist() == [size < len(expected)]
+
+
+def test_no_cap_cuts_a_whole_vocabulary_that_rounding_leaves_short_of_top_p():
+    rows = rows_of(11, 31, 17, "distinct").float()
+    assert (F.softmax(rows, dim=-1).sort(descending=True).values.cumsum(-1)[:, -1] < 1).any()
+    q = nucleus(rows, ActingPolicy(1.0, 1 - 2**-53, 17))
+    assert (q.support >= 0).all() and not q.is_capped.any()
 
 
 def test_ties_at_the_cap_go_to_the_smaller_ids():
@@ -112,8 +128,9 @@ def test_draws_at_the_ends_and_next_to_impossible_tokens():
 
 def test_mass_lost_to_rounding_is_missed_by_every_token_alike():
     """A sum of 0.4 where 1 should be: rounding, exaggerated; uniforms cover what is there."""
-    tokens, _ = draw(policy_of([[0.1, 0.1, 0.2]] * 8), (torch.arange(8) + 0.5) / 8)
-    assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    shares = (torch.arange(8).view(8, 1) + 0.5) / 8
+    places = policy._first_above(torch.tensor([[0.1, 0.2, 0.4]] * 8), shares)
+    assert places.flatten().tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_no_uniform_draws_a_token_of_probability_zero():
@@ -421,6 +438,26 @@ def test_the_largest_by_blocks_are_those_of_a_stable_sort(vocab, count, scale):
     assert torch.equal(ids, order[:, :count])
 
 
+def test_the_largest_by_blocks_tell_neighbouring_floats_apart():
+    """Of either sign, the smallest and others: each next to the one that follows it."""
+    steps = torch.arange(-31, 32, dtype=torch.int32)
+    near = torch.tensor([0x2000, 0x3F000000, 0x40490FDB, 0x7E000000], dtype=torch.int32)  # bits
+    sizes = (near.view(-1, 1) + steps).flatten().view(torch.float32)
+    values = torch.cat([sizes, -sizes])
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(13))
+    best, ids = _largest_by_blocks(values[order].view(1, -1), len(values))
+    assert best[0].tolist() == sorted(values.tolist(), reverse=True)
+    assert torch.equal(values[order][ids[0]], best[0])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_of_nans_are_places_of_the_vocabulary(sign):
+    """A negative NaN is less than the -inf that fills the last block."""
+    bad = torch.full((3, 67), math.nan).copysign(torch.tensor(sign))
+    _, ids = _largest_by_blocks(bad, 67)
+    assert 0 <= ids.min() and ids.max() < 67
+
+
 @pytest.mark.parametrize(("vocab", "temperature"), [(5001, 1.0), (5120, 1.7)])
 def test_a_draw_by_blocks_is_the_inverse_of_the_whole_running_sum(vocab, temperature):
     generator = torch.Generator().manual_seed(0)
@@ -437,3 +474,24 @@ def test_a_draw_by_blocks_is_the_inverse_of_the_whole_running_sum(vocab, tempera
     tokens, _ = draw_untruncated(z.expand(3, -1), temperature, ends, False)
     possible = (p > 0).nonzero()
     assert tokens.tolist() == [int(possible[0]), int(possible[-1]), int(possible[-1])]
+
+
+@pytest.mark.parametrize("shift", [-1100.0, 1100.0])
+def test_a_draw_by_blocks_knows_no_constant_in_the_logits(shift):
+    """Its exponential would be 0 or infinite, in float64 too."""
+    z = torch.randn(7, 300, generator=torch.Generator().manual_seed(14)).mul(64).round() / 64
+    uniforms = (torch.arange(7, dtype=torch.float64) + 0.5) / 7
+    tokens, logq = draw_untruncated(z, 1.0, uniforms, False)
+    again, shifted = draw_untruncated(z + shift, 1.0, uniforms, False)  # exact: steps of 1 / 64
+    assert torch.equal(again, tokens)
+    assert torch.allclose(shifted, logq, rtol=0, atol=1e-3)
+
+
+def test_a_draw_by_blocks_reaches_every_token_of_a_tail_that_float32_has_no_numbers_for():
+    """Behind a token of probability 1 others of 1e-11 each, in its block and in the next ones."""
+    z = torch.full((1, 200), math.log(1e-11))
+    z[0, 0] = 0.0
+    p = z[0].double().softmax(dim=0)
+    middle = p.cumsum(0) - p / 2
+    tokens, _ = draw_untruncated(z.expand(200, -1), 1.0, middle, False)
+    assert tokens.tolist() == list(range(200))

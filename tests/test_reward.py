@@ -133,9 +133,11 @@ def test_hand_worked_progress_rewards(start, controls, total, components):
 
 def test_hand_worked_punishment_rewards():
     # (0.07, 0) at rest: cost 10 * 50 * 0.0049 + 50 * 0.0049 = 2.695; (0.03, 0): 0.495; (0.2, 0): 22
+    # (0.1, 0): 5.5, and (0.05, 0): 1.375, each on the edge of its success and outside
     starts = [(0.5, -0.2), (0.3, 0.4), (0.07, 0.0), (0.03, 0.0), (0.2, 0.0), (0.0, 0.0)]
-    rewards = score(starts, torch.zeros(6, 50), "punishment")
-    expected = [-7.62, -463.83, 25 - 0.2695, 50 - 0.0495, -2.2, 50.0]
+    starts += [(0.1, 0.0), (0.05, 0.0)]
+    rewards = score(starts, torch.zeros(8, 50), "punishment")
+    expected = [-7.62, -463.83, 25 - 0.2695, 50 - 0.0495, -2.2, 50.0, -0.55, 25 - 0.1375]
     assert rewards.total.tolist() == pytest.approx(expected, abs=1e-9)
     violating = score([(0.8, 0.8)], torch.full((1, 50), 4.0), "punishment")
     assert violating.components["constraints"].item() == -1000  # 100 violations, uncapped
@@ -176,10 +178,10 @@ def test_a_start_out_of_bounds_counts_for_validity_and_is_no_violation():
 
 
 def test_at_the_origin_progress_means_staying_there():
-    stay, leave = torch.zeros(50), torch.zeros(50)
-    leave[0] = 1.0  # drifts off with 0.1 m/s
-    rewards = score([(0.0, 0.0)] * 2, torch.stack([stay, leave]))
-    assert rewards.components["progress"].tolist() == [30, 0]
+    plans = torch.zeros(4, 50)
+    plans[:, 0] = torch.tensor([0.0, 0.19, 0.2, 1.0])  # drift off, up to 0.505 times as far
+    rewards = score([(0.0, 0.0)] * 4, plans)
+    assert rewards.components["progress"].tolist() == [30, 30, 0, 0]  # 0.096 is there, 0.101 is not
     assert rewards.total.isfinite().all()
 
 

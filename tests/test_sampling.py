@@ -192,7 +192,7 @@ def test_greedy_with_cache_is_generate_of_transformers(model_type, num_eos, tmp_
     assert num_eos == 1 or (got.ended.any() and len(lengths.unique()) > 2)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_the_decoders_logprobs_are_those_of_the_scorer(temperature, top_p):
     got = sampled(ActingPolicy(temperature, top_p, 11))
@@ -222,8 +222,10 @@ def test_the_decoders_logprobs_are_those_of_the_scorer_within_bfloat16():
 
 
 @torch.no_grad()
-def test_every_stored_support_is_the_nucleus_of_its_prefix():
+@pytest.mark.parametrize("is_large", [False, True])
+def test_every_stored_support_is_the_nucleus_of_its_prefix(is_large, monkeypatch):
     """Recomputed from one row at a time, without cache or padding."""
+    monkeypatch.setattr(sampling, "LARGE_VOCABULARY", 0 if is_large else VOCAB)
     acting = ActingPolicy(1.5, 0.9, 11)
     got = sampled(acting)
     widest = 0
@@ -246,6 +248,7 @@ def test_every_stored_support_is_the_nucleus_of_its_prefix():
         assert (got.support[n, length:, 1:] == -1).all()
         assert (got.kept_mass[n, length:] == 1).all() and not got.is_capped[n, length:].any()
     assert got.support.shape[2] == widest and got.support.dtype == torch.int32
+    assert got.is_capped.dtype == torch.bool
     assert got.is_capped.any() and not got.is_capped[got.mask].all()
 
 
@@ -256,7 +259,9 @@ def test_without_truncation_no_support_is_stored():
     assert len(got.tokens[:, 0].unique()) > 2  # support_size does not bind
 
 
-@pytest.mark.parametrize(("rows_per_batch", "together"), [(1, 3), (3, 3), (7, 6), (512, 12)])
+@pytest.mark.parametrize(
+    ("rows_per_batch", "together"), [(1, 3), (3, 3), (5, 3), (7, 6), (512, 12)]
+)
 def test_the_rows_decoded_together_change_nothing(rows_per_batch, together, monkeypatch):
     """They are whole groups, one at least, and no more than they may be: this bounds the cache."""
     whole = sampled(rows_per_batch=12)
@@ -529,6 +534,20 @@ def test_a_large_vocabulary_is_drawn_from_by_blocks(monkeypatch):
     )
 
 
+def test_the_sampler_hands_on_all_digits_of_a_uniform(monkeypatch):
+    """In float32 those of a tail of 1e-11 each would all be 1."""
+    monkeypatch.setattr(sampling, "LARGE_VOCABULARY", 200)
+    table = torch.full((211, 211), math.log(1e-11))
+    table[:, 0] = 0.0
+    p = table[0].double().softmax(dim=0)
+    middle = (p.cumsum(0) - p / 2)[17:]  # fewer rows than LARGE_VOCABULARY
+    got = sample_completions(
+        Chain(table), torch.tensor([[2]]), torch.tensor([[True]]), 194,
+        ActingPolicy(1.0, 1.0), StopRule((), 0, 1), middle.view(-1, 1),
+    )  # fmt: skip
+    assert got.tokens[:, 0].tolist() == list(range(17, 211))
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 @pytest.mark.parametrize("is_greedy", [True, False])
 @pytest.mark.parametrize("vocab", [VOCAB, 4200])  # by blocks, the last of them not full
@@ -543,3 +562,22 @@ def test_a_nan_is_an_error_whatever_draws(top_p, is_greedy, vocab):
     acting = ActingPolicy(1.0, top_p, 5)
     with pytest.raises(FloatingPointError, match="not finite"):
         sample_completions(model, prompts, mask, 1, acting, StopRule((EOS,), PAD, 3), uniforms)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_a_nan_of_one_token_of_one_row_is_an_error(top_p, is_greedy):
+    table = torch.zeros(11, 11)
+    table[2, 3] = 1e4  # the second row goes on with 3, after which nothing is finite
+    table[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_completions(
+            Chain(table), torch.tensor([[5], [2], [7]]), torch.ones(3, 1).bool(), 1,
+            ActingPolicy(1.0, top_p, 5), StopRule((EOS,), PAD, 2),
+            None if is_greedy else torch.full((3, 2), 0.7),
+        )  # fmt: skip
+
+
+def test_kernels_are_recorded_on_cuda_alone():
+    assert sampling.has_graphs(MODEL, torch.device("cuda"))
+    assert not sampling.has_graphs(MODEL, torch.device("cpu"))

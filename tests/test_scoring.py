@@ -24,15 +24,37 @@ def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
         leaf = z.clone().requires_grad_()
         scores = way(leaf, tokens, *rest)
         (weights * scores.logprobs).sum().backward()
+        assert not scores.entropy.requires_grad
         found.append((scores.logprobs.detach(), scores.entropy, leaf.grad))
     for theirs, ours in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
     basis = torch.rand(13, 3, generator=generator)
     assert torch.equal(scoring.score_all(z, tokens, basis, True).entropy, found[0][1])
     assert scoring.score_untruncated(z, tokens, False, False).entropy is None
+    for way in (
+        lambda: scoring.score_all(z, tokens, basis, False),
+        lambda: score_logits(z, tokens, None, basis, has_entropy=False),
+    ):
+        assert way().entropy is None and way().mass.shape == (2, 5, 3)
     half = z.bfloat16().requires_grad_()
     scoring.score_untruncated(half, tokens, False, False).logprobs.sum().backward()
     assert half.grad.dtype == torch.bfloat16
+
+
+def test_choices_by_hand_are_as_exact_under_autocast_as_without():
+    """Value, gradient and dtype, where products of float32 would be made of bfloat16."""
+    generator = torch.Generator().manual_seed(7)
+    z, basis = torch.randn(2, 5, 13, generator=generator), torch.randn(13, 3, generator=generator)
+    tokens = torch.randint(13, (2, 5), generator=generator)
+    found = []
+    for is_mixed in (False, True):
+        leaf = z.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            scores = scoring.score_all(leaf, tokens, basis, True)
+        (scores.logprobs.sum() + scores.mass.square().sum()).backward()
+        found.append((scores.logprobs.detach(), scores.entropy, scores.mass.detach(), leaf.grad))
+    for plain, mixed in zip(*found, strict=True):
+        assert torch.equal(mixed, plain)
 
 
 def a_batch(vocab: int = 17) -> tuple[torch.Tensor, ...]:
@@ -148,12 +170,14 @@ def test_chunks_of_positions_change_neither_value_nor_gradient(truncated, positi
 
 
 @pytest.mark.parametrize("rows, width", [(7, 3), (7, 31), (19, 3), (19, 31)])
-@pytest.mark.parametrize("most, expected", [(4, [4, 4, 4, 1]), (6, [5, 5, 3]), (13, [13])])
+@pytest.mark.parametrize(
+    "most, expected", [(0, [1] * 13), (4, [4, 4, 4, 1]), (6, [5, 5, 3]), (13, [13])]
+)
 def test_chunks_are_as_few_and_as_equal_as_the_limit_allows(
     rows, width, most, expected, monkeypatch
 ):
-    """Whether rows, positions or the width are most."""
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", rows * most * 5 + 4)  # of 5 words
+    """Whether rows, positions or the width are most; one that is too large goes alone."""
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", rows * (most + 1) * 5 - 1)  # of 5 words
     found = []
 
     def watched(z: torch.Tensor) -> tuple[torch.Tensor]:

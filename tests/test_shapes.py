@@ -1,11 +1,15 @@
 """check_shapes: bindings by hand, and messages with expectation and got."""
 
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import pytest
 import torch
 
+import minigrpo
 from minigrpo.shapes import check_record, check_shapes
 
 
@@ -71,3 +75,30 @@ def test_a_record_has_its_shapes_in_its_annotations():
         Flight(torch.zeros(3, 8, 2), torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"^costs must have shape \[N\] with N=4, got \(3,\)$"):
         Flight(torch.zeros(4, 8, 2), torch.zeros(4, 7))
+
+
+def records() -> list[type]:
+    """All of the package that have shapes in their annotations."""
+    paths = sorted(Path(minigrpo.__path__[0]).glob("*.py"))
+    names = [path.stem for path in paths if "Annotated[Tensor" in path.read_text()]
+    modules = [importlib.import_module(f"minigrpo.{name}") for name in names]
+    here = [kind for m in modules for kind in vars(m).values() if is_dataclass(kind)]
+    kinds = dict.fromkeys(kind for kind in here if "Annotated[" in str(kind.__annotations__))
+    return list(kinds)
+
+
+@pytest.mark.parametrize("kind", records(), ids=lambda kind: kind.__name__)
+def test_no_record_of_the_package_takes_a_tensor_of_another_shape(kind):
+    """Which has five dimensions; the other fields are 1 where they are numbers."""
+    values = {}
+    for field in fields(kind):
+        has_shape, is_number = "Annotated[" in str(field.type), field.type in (int, "int")
+        other = 1 if is_number else mock.Mock()
+        values[field.name] = torch.zeros(1, 1, 1, 1, 1) if has_shape else other
+    with pytest.raises(ValueError, match="must have shape"):
+        kind(**values)
+
+
+def test_the_records_of_the_package_are_found():
+    names = {kind.__name__ for kind in records()}
+    assert {"Plans", "ChoiceValues", "SFTBatch", "Completions", "Trajectories", "Rollout"} <= names

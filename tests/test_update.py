@@ -634,6 +634,13 @@ def test_each_sign_of_failure_is_told_alone(metric: str, value: float, told: str
     assert line.startswith("WARNING step 5: ") and told in line
 
 
+def test_equal_rewards_teach_where_every_choice_has_a_value_of_its_own() -> None:
+    metrics = HEALTHY | {"rollout/frac_zero_std_groups": 1.0}
+    for credit, num_lines in (("choice", 0), ("completion", 1)):
+        config = GRPOConfig(credit=credit, advantage_std="batch")  # type: ignore[arg-type]
+        assert len(warnings_of(metrics, config, 0, is_on_cuda=False)) == num_lines
+
+
 @pytest.mark.parametrize(
     ("flags", "is_on_cuda", "limit"),
     [
