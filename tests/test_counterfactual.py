@@ -320,6 +320,8 @@ def test_later_values_are_a_slow_loops(credit_lambda: float) -> None:
                 still_open = level[n, j] + expected[n, j]
                 sums[n, k] += credit_lambda ** (j - k) * float(still_open - chosen)
     torch.testing.assert_close(got, sums, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^expected must have shape \[N, C\] with N=6, C=5, got"):
+        later_values(choices, tokens, expected[:, :1], credit_lambda)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
