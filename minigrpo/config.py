@@ -275,8 +275,8 @@ class GRPOConfig(RunSettings):
     clip_eps_high: float = flag(0.2, "the ratio is clipped above 1 + this", above=0)
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "dapo",
-        "the loss is a mean over all tokens of the optimizer step (dapo), over rows of the mean of "
-        "each (grpo), or the sum over rows times the largest length (dr_grpo)",
+        "dapo: the loss is a mean over all tokens of the optimizer step; grpo: over rows, of each "
+        "row's mean; dr_grpo: the sum over tokens, divided by rows times the longest allowed",
     )
     advantage_std: Literal["group", "batch", "none"] = flag(
         "group",
@@ -481,12 +481,7 @@ def parse_flags(kind: type[S], arguments: Sequence[str] | None = None) -> dict[s
         flags = [word.partition("=")[0] for word in unknown]
         meant = [m for u in flags for m in difflib.get_close_matches(u, known, n=2, cutoff=0.75)]
         ask = f" (did you mean {' or '.join(meant)}?)" if meant else ""
-        scripts = {
-            "train_sft.py": SFTConfig,
-            "train_grpo.py": GRPOConfig,
-            "evaluate.py": EvalConfig,
-        }
-        for script, other in scripts.items():
+        for script, other in COMMANDS.items():
             if theirs := [u for u in flags if u.lstrip("-").replace("-", "_") in vars(other())]:
                 ask = f" ({', '.join(theirs)}: of {script})"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{ask}")
