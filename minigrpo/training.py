@@ -152,6 +152,9 @@ class Training:
             sizes = f"{model.num_parameters():,} parameters, {model.num_trained():,} trained"
             place = f"device {self.device}, {world_size()} rank(s), {sizes}"
             print(*lines, place, *slow_bfloat16(self.config.precision, self.device), sep="\n")
+            warmup, steps = self.config.warmup_steps, self.config.steps
+            if warmup > steps:
+                print(f"warning: warm-up takes {warmup} of {steps} steps, so the rate stays lower")
             if self.changes:
                 print(f"changed after step {self.done}: {', '.join(self.changes)}")
             if self.done >= 0 and self.is_finished():

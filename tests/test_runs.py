@@ -1051,10 +1051,13 @@ def test_a_resumed_run_says_what_changed_and_whether_anything_is_left_to_do(
     train_grpo.main([*flags, "--steps=2", "--kl-beta=0.5", "--stop-after-minutes=60"])
     second = capsys.readouterr().out
     assert "\nchanged after step 1: steps 1 -> 2, kl_beta 0.25 -> 0.5\n" in second
-    train_grpo.main(flags)
+    assert "\nwarning: warm-up takes 10 of 2 steps, so the rate stays lower\n" in second
+    train_grpo.main([*flags, "--warmup-steps=2"])
     third = capsys.readouterr().out
+    assert "warm-up" not in third.partition("device cpu")[2]
     assert "\nfinished at step 2 already, nothing is trained: more --steps?\n" in third
-    assert "changed" not in first + third and "already" not in first + second
+    assert "changed after step 2: warmup_steps 10 -> 2\n" in third
+    assert "changed" not in first and "already" not in first + second
 
 
 def test_what_ends_a_run_early_is_evaluated_before_it_is_finished(
