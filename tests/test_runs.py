@@ -874,7 +874,8 @@ def test_all_programs_warn_of_slow_bfloat16(
     for module in (training, evaluate):
         monkeypatch.setattr(module, "slow_bfloat16", warning)
     start, device = untrained_checkpoint(tmp_path / "start"), ["--device=cpu"]
-    few = ["--save-dir", str(tmp_path / "run"), "--steps=1", "--eval-cases=8", *device]
+    few = ["--save-dir", str(tmp_path / "run"), "--steps=1", "--warmup-steps=1", *device]
+    few += ["--eval-cases=8"]
     train_grpo.main([*few, "--init", str(start), "--group-size=2", "--prompts-per-step=8"])
     few += ["--overwrite", "--horizon=2", "--num-demonstrations=8", "--batch-size=2", "--width=8"]
     train_sft.main([*few, "--precision=bfloat16", "--num-heads=1"])
