@@ -40,17 +40,18 @@ def process_group(device: str) -> Iterator[torch.device]:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be auto or cpu on this machine, got cuda: torch sees no GPU")
-    if kind == "cuda" and torch.cuda.get_device_capability()[0] == 10:
+    place, is_launched = torch.device(kind), "RANK" in os.environ
+    if kind == "cuda" and is_launched:
+        place = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    if kind == "cuda" and torch.cuda.get_device_capability(place)[0] == 10:
         # On a B200 cuDNN's attention of one new token is wrong with fewer than 8 key-value heads
         # (pytorch issue 193893): it would sample from another policy.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if "RANK" not in os.environ:
-        yield torch.device(kind)
+    if not is_launched:
+        yield place
         return
-    place, backend = torch.device("cpu"), "gloo"
-    if kind == "cuda":
-        place, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cuda:nccl,cpu:gloo"
-        torch.cuda.set_device(place)
+    backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield place
     dist.destroy_process_group()  # not after an error: that could wait for lost ranks

@@ -98,7 +98,7 @@ def test_attention_that_is_wrong_on_a_gpu_is_switched_off_there(monkeypatch, cap
     called: list[bool] = []
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", called.append)
     with process_group("cuda") as device:
         assert device == torch.device("cuda") and called == calls
