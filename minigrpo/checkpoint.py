@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -429,12 +429,17 @@ def save_batch(run_folder: Path, step: int, batch: Rollout | SFTBatch) -> None:
     """Keep a batch whose gradient was not finite, each rank its rows, to look into it."""
     folder = run_folder / "skipped"
     folder.mkdir(exist_ok=True)
-    parts = vars(batch).copy()
-    if (choices := parts.pop("choices", None)) is not None:
-        parts |= {f"choices.{name}": value for name, value in vars(choices).items()}
-        parts |= {f"choices.plans.{name}": value for name, value in vars(choices.plans).items()}
-    tensors = {k: v.cpu().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
+    tensors = {name: value.cpu().contiguous() for name, value in _tensors_of(batch)}
     save_file(tensors, folder / f"step-{step:06d}-rank-{rank()}.safetensors")
+
+
+def _tensors_of(record: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Those of a record and of the records in it, as credit.choices.values."""
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif is_dataclass(value):
+            yield from _tensors_of(value, f"{prefix}{name}.")
 
 
 def _write_model(

@@ -173,6 +173,36 @@ class ChoiceSimulator:
         return ChoiceValues(values[:, :length], level[:, :length], basis, grid.float(), plans, self)
 
 
+@dataclass(frozen=True)
+class ChoiceCredit:
+    """What an update reads of a rollout's choices."""
+
+    choices: ChoiceValues
+    unit: Annotated[Tensor, "N"]  # float32, advantages of one point of reward
+    mean_offsets: Annotated[Tensor, "N C"]  # `ChoiceValues.mean_offset` of the policy that sampled
+
+    def __post_init__(self) -> None:
+        check_record(self, values=(self.choices.values, "N C K"))
+
+    def expected_values(
+        self, rows: Tensor, mass: Tensor, tokens: Tensor, mask: Tensor, is_simulated_again: bool
+    ) -> Tensor:
+        """sum_a q(a) W(a) of some rows, in units of the advantages: mass [M, C, K] -> [M, C].
+
+        rows [M]; tokens and mask [M, C] are theirs. Simulated again, W is that of plans whose
+        controls have moved as their means have.
+        """
+        choices, values = self.choices, self.choices.values[rows]
+        if is_simulated_again:
+            shift = choices.mean_offset(mass.detach(), tokens) - self.mean_offsets[rows]
+            shift = torch.where(mask, shift, 0.0)
+            horizon, length = choices.plans.own.shape[1], values.shape[1]
+            shift = F.pad(shift, (0, horizon - length))  # cut, where completions are longer
+            moved = choices.plans.moved(rows, shift, bound=choices.grid[-1])
+            values = choices.simulator.values_of(moved, length).values
+        return (mass * values).sum(dim=-1) * rearrange(self.unit[rows], "n -> n 1")
+
+
 def num_written(tokens: Tensor, token_values: Tensor, eos: int, horizon: int) -> Tensor:
     """Tokens of each row that keep the format, T controls and EOS: [N, C] -> [N], 0 to T + 1."""
     places = torch.arange(tokens.shape[1], device=tokens.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import ChoiceSimulator, ChoiceValues, later_values
+from minigrpo.counterfactual import ChoiceCredit, ChoiceSimulator, ChoiceValues, later_values
 from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
 from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
 from minigrpo.double_integrator import Trajectories
@@ -62,21 +62,18 @@ class Rollout:
     old_logprobs: Annotated[Tensor | None, "N C"]  # None: it feeds exactly one optimizer step
     ref_logprobs: Annotated[Tensor | None, "N C"]  # None: no KL term
     rewards: Annotated[Tensor, "N"]  # float64
-    advantages: Tensor  # [N] float64; [N, C] with `choices`, then of what came after each token
+    advantages: Tensor  # [N] float64; [N, C] with `credit`, then of what came after each token
     prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
     group_size: int
     max_length: int  # tokens of the longest completion allowed
-    choices: ChoiceValues | None = None  # of every token there was, reward points
-    choice_unit: Annotated[Tensor | None, "N"] = None  # float32, advantages of one point
-    # Mean control when it was sampled, less the drawn one.
-    mean_offsets: Annotated[Tensor | None, "N C"] = None
+    credit: ChoiceCredit | None = None  # None: one advantage a completion
 
     def __post_init__(self) -> None:
         check_record(
             self,
-            advantages=(self.advantages, "N" if self.choices is None else "N C"),
+            advantages=(self.advantages, "N" if self.credit is None else "N C"),
             prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
-            values=(None if self.choices is None else self.choices.values, "N C K"),
+            values=(None if self.credit is None else self.credit.choices.values, "N C K"),
         )
 
 
@@ -139,9 +136,9 @@ def score_rows(
     config: GRPOConfig,
     micro_batches: Iterable[Tensor],
     choices: ChoiceValues | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of every sampled token [N, C], by the training forward without gradient: log q and, with
-    choices, the mean over q of their values and `ChoiceValues.mean_offset`.
+) -> list[Tensor]:
+    """Of every sampled token, by the training forward without gradient: log q [N, C] and, with
+    choices, the mean over q of their values and `ChoiceValues.mean_offset`, [N, C] each.
 
     `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
     ratio that is not 1 on the first optimizer step.
@@ -165,9 +162,7 @@ def score_rows(
             part.append(choices.mean_offset(scores.mass, tokens))
         parts.append(part)
     order = torch.cat(kept).argsort()  # they need not go through the rows in order
-    logprobs, *others = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-    expected, mean_offsets = others or (None, None)
-    return logprobs, expected, mean_offsets
+    return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
 
 
 def minibatches(prompt_places: Tensor, config: GRPOConfig, step: int) -> Iterator[Tensor]:
@@ -209,7 +204,7 @@ def make_rollout(
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     size = config.micro_batch_size
     micro = [part for rows in first_epoch for part in torch.split(rows.to(device), size)]
-    old = ref = expected = mean_offsets = None
+    old, ref, of_choices = None, None, list[Tensor]()
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         with gathered(model):
@@ -221,13 +216,12 @@ def make_rollout(
             is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
             if is_old or choices is not None:
                 scored = score_rows(model, tokens, mask, completions, config, micro, choices)
-                logprobs, expected, mean_offsets = scored
-                old = logprobs if is_old else None
+                old, of_choices = scored[0] if is_old else None, scored[1:]
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
-                ref, _, _ = score_rows(reference, tokens, mask, completions, config, micro)
-    advantages, unit = credited(experience, choices, expected, config)
+                (ref,) = score_rows(reference, tokens, mask, completions, config, micro)
+    advantages, credit = credited(experience, choices, of_choices, config)
     rollout = Rollout(
         prompt_tokens=tokens,
         prompt_mask=mask,
@@ -242,29 +236,32 @@ def make_rollout(
         prompt_places=prompt_places,
         group_size=config.group_size,
         max_length=task.max_completion_length,
-        choices=choices,
-        choice_unit=unit,
-        mean_offsets=mean_offsets,
+        credit=credit,
     )
     seconds = {"time/sampling_s": sampled - began, "time/scoring_s": time.perf_counter() - sampled}
     return rollout, experience, seconds
 
 
 def credited(
-    acted: Experience, choices: ChoiceValues | None, expected: Tensor | None, config: GRPOConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Advantages [N]; with choices [N, C], and [N] the advantages of one point of reward.
+    acted: Experience,
+    choices: ChoiceValues | None,
+    of_choices: Sequence[Tensor],
+    config: GRPOConfig,
+) -> tuple[Tensor, ChoiceCredit | None]:
+    """Advantages [N]; with choices and what `score_rows` found of them [N, C], and the credit.
 
-    expected [N, C]; the rewards of all ranks count for the unit.
+    The rewards of all ranks count for the unit.
     """
     rewards, tokens = acted.rewards.total, acted.completions.tokens
     everybodys = torch.cat([rows[0] for rows in gather_rows([rewards])])
-    if choices is None or expected is None:
+    if choices is None:
         return group_advantages(rewards, config.group_size, config.advantage_std, everybodys), None
     scale = advantage_scale(rewards, config.group_size, config.advantage_std, everybodys)
     unit = repeat(scale, "p -> (p g)", g=config.group_size).to(tokens.device)
+    expected, mean_offsets = of_choices
     later = later_values(choices, tokens, expected, config.credit_lambda)
-    return rearrange(unit, "n -> n 1") * later, unit.float()
+    advantages = rearrange(unit, "n -> n 1") * later
+    return advantages, ChoiceCredit(choices, unit.float(), mean_offsets)
 
 
 def choices_of(

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from minigrpo.config import GRPOConfig
 from minigrpo.distributed import backward, gather_rows, max_over_ranks, sum_over_ranks
@@ -129,13 +127,13 @@ def accumulate_gradient(
     num_micro = max_over_ranks(math.ceil(len(rows) / config.micro_batch_size))
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     gap = torch.zeros((), device=device)
-    choices, advantages = rollout.choices, rollout.advantages.to(device)
+    credit, advantages = rollout.credit, rollout.advantages.to(device)
     parts, nobody = [], torch.zeros(1, dtype=torch.int64, device=device)
     for i in range(num_micro):
         chosen = rows[i * config.micro_batch_size : (i + 1) * config.micro_batch_size]
         is_real = len(chosen) > 0
         chosen = chosen if is_real else nobody
-        mask = rollout.completion_mask[chosen] & is_real
+        tokens, mask = rollout.completion_tokens[chosen], rollout.completion_mask[chosen] & is_real
         prompts = chosen[:: rows_per_prompt(config)]
         old = rows_of(rollout.old_logprobs, chosen)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -143,12 +141,16 @@ def accumulate_gradient(
                 model,
                 rollout.prompt_tokens[prompts],
                 rollout.prompt_mask[prompts],
-                rollout.completion_tokens[chosen],
+                tokens,
                 rows_of(rollout.support, chosen),
                 config.temperature,
-                None if choices is None else choices.basis,
+                None if credit is None else credit.choices.basis,
             )
-        expected = expected_values(rollout, chosen, scores.mass, has_moved and config.follow_policy)
+        expected = None
+        if credit is not None:
+            again = has_moved and config.follow_policy
+            mass = cast(Tensor, scores.mass)
+            expected = credit.expected_values(chosen, mass, tokens, mask, again)
         loss, metrics = grpo_loss(
             scores.logprobs,
             old,
@@ -168,27 +170,6 @@ def accumulate_gradient(
         difference = torch.where(mask, old - rollout.sampling_logprobs[chosen], 0.0)
         gap = torch.maximum(gap, difference.abs().amax())
     return merge_metrics(parts), entropy, gap
-
-
-def expected_values(
-    rollout: Rollout, rows: Tensor, mass: Tensor | None, is_simulated_again: bool
-) -> Tensor | None:
-    """sum_a q(a) W(a) of some rows [M], in units of the advantages: mass [M, C, K] -> [M, C].
-
-    Simulated again, W is that of plans whose controls have moved as their means have.
-    """
-    choices, unit, before = rollout.choices, rollout.choice_unit, rollout.mean_offsets
-    if choices is None or unit is None or before is None or mass is None:
-        return None
-    values = choices.values[rows]
-    if is_simulated_again:
-        shift = choices.mean_offset(mass.detach(), rollout.completion_tokens[rows]) - before[rows]
-        shift = torch.where(rollout.completion_mask[rows], shift, 0.0)
-        horizon, length = choices.plans.own.shape[1], values.shape[1]
-        shift = F.pad(shift, (0, horizon - length))  # cut, where completions are longer
-        moved = choices.plans.moved(rows, shift, bound=choices.grid[-1])
-        values = choices.simulator.values_of(moved, length).values
-    return (mass * values).sum(dim=-1) * rearrange(unit[rows], "n -> n 1")
 
 
 def warnings_of(

@@ -177,9 +177,10 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
         rollout, experience, _ = make_rollout(
             model, reference, prompts, places, config, task, reward
         )
-        host = {"rewards", "prompt_places"} | ({"advantages"} if rollout.choices is None else set())
+        host = {"rewards", "prompt_places"} | ({"advantages"} if rollout.credit is None else set())
         held = vars(rollout) | vars(experience.completions)
-        held |= {} if rollout.choices is None else vars(rollout.choices)
+        if rollout.credit is not None:
+            held |= vars(rollout.credit) | vars(rollout.credit.choices)
         for name, value in held.items():
             if isinstance(value, Tensor) and name not in host:
                 assert value.device == device, name

@@ -458,10 +458,10 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     got = torch.where(mask, rollout.advantages, 0.0)
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4)
     assert got.abs().max() > 0.1
-    assert rollout.choices is not None and rollout.old_logprobs is None
-    assert torch.equal(rollout.choices.values, raw.values)
-    torch.testing.assert_close(rollout.choice_unit, scale[:, 0].float())
-    assert rolled(CONFIG)[0].choices is None
+    assert rollout.credit is not None and rollout.old_logprobs is None
+    assert torch.equal(rollout.credit.choices.values, raw.values)
+    torch.testing.assert_close(rollout.credit.unit, scale[:, 0].float())
+    assert rolled(CONFIG)[0].credit is None
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -472,9 +472,9 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precisio
     )
     model = a_model()
     rollout, _ = rolled(config, model=model)
-    assert rollout.choices is not None and rollout.mean_offsets is not None
-    assert rollout.mean_offsets[rollout.completion_mask].abs().max() > 0.3
-    plans, seen = rollout.choices.plans, []
+    assert rollout.credit is not None
+    assert rollout.credit.mean_offsets[rollout.completion_mask].abs().max() > 0.3
+    choices, seen = rollout.credit.choices, []
 
     class Watched(ChoiceSimulator):
         def values_of(self, plans, length):
@@ -482,19 +482,19 @@ def test_no_plan_moves_at_the_weights_that_sampled_and_all_do_at_others(precisio
             seen.append((plans.own, found.values))
             return found
 
-    simulator = Watched(**vars(rollout.choices.simulator))
-    rollout = replace(rollout, choices=replace(rollout.choices, simulator=simulator))
+    watched = replace(choices, simulator=Watched(**vars(choices.simulator)))
+    rollout = replace(rollout, credit=replace(rollout.credit, choices=watched))
     again = torch.arange(9, 15)  # the last two of five groups
     for rate, is_still in ((0.0, True), (0.3, False)):
         seen.clear()
         descent = torch.optim.SGD(model.parameters())
         update_policy(model, descent, rollout, config, 0, rate)
         own, values = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        distance = (own - plans.own[again]).abs().max()
+        distance = (own - choices.plans.own[again]).abs().max()
         assert distance < 1e-5 if is_still else distance > 1e-3
         if is_still:
-            close = (values - rollout.choices.values[again]).abs().max()
-            assert close < 1e-3 < rollout.choices.values[again].abs().max()
+            close = (values - choices.values[again]).abs().max()
+            assert close < 1e-3 < choices.values[again].abs().max()
 
 
 def test_dr_grpo_divides_by_what_the_task_allows_and_dapo_by_what_was_written() -> None:
@@ -530,7 +530,7 @@ def test_choices_without_credit_for_each_token_and_texts_of_other_tokens_are_ref
     with pytest.raises(ValueError, match=r"advantages must have shape \[N, C\] with N=15"):
         replace(rollout, advantages=rollout.rewards)
     with pytest.raises(ValueError, match=r"advantages must have shape \[N\] with N=15"):
-        replace(rollout, choices=None)
+        replace(rollout, credit=None)
     parsed = replace(experience.parsed, is_valid=~experience.parsed.is_valid)
     with pytest.raises(ValueError, match="must agree on what is well-formed"):
         choices_of(replace(experience, parsed=parsed), VOCAB, TASK, config, final_distance)
@@ -567,7 +567,7 @@ def test_rewards_and_values_of_choices_are_of_the_cost_of_the_task() -> None:
     whole = done.parsed.is_valid
     wanted = 100 - trajectory_cost(done.trajectories, cost)[whole]
     assert torch.equal(rollout.rewards[whole], wanted)
-    assert torch.allclose(rollout.choices.level[whole, HORIZON], wanted, rtol=1e-9)
+    assert torch.allclose(rollout.credit.choices.level[whole, HORIZON], wanted, rtol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e4])

@@ -391,8 +391,8 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_the_third_in_a_row_end
     assert len(saved) == 3 * num_ranks
     batch = load_file(saved[-1])
     assert batch["advantages"].isnan().all()
-    assert batch["choices.values"].shape[:2] == batch["advantages"].shape
-    assert len(batch["choices.plans.own"]) == len(batch["advantages"])
+    assert batch["credit.choices.values"].shape[:2] == batch["advantages"].shape
+    assert len(batch["credit.choices.plans.own"]) == len(batch["advantages"])
 
 
 def spoil_loss(of_rank: int) -> None:

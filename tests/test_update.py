@@ -16,7 +16,7 @@ import train_grpo
 from benchmarks.study import CURVE
 from minigrpo import optim, scoring, update
 from minigrpo.config import GRPOConfig
-from minigrpo.counterfactual import ChoiceValues, Plans
+from minigrpo.counterfactual import ChoiceCredit, ChoiceValues, Plans
 from minigrpo.grpo import group_advantages
 from minigrpo.optim import adamw
 from minigrpo.policy import ActingPolicy
@@ -45,7 +45,7 @@ def a_model(vocab: int = VOCAB, seed: int = 1) -> Transformer:
 
 def a_rollout(
     dtype: torch.dtype = torch.float64,
-    choices: ChoiceValues | None = None,
+    credit: ChoiceCredit | None = None,
     **changes: Tensor | None,
 ) -> Rollout:
     """Prompts and completions of mixed length; what lies outside of the masks is garbage."""
@@ -75,7 +75,7 @@ def a_rollout(
         "advantages": group_advantages(rewards, GROUP, "group"),
         "prompt_places": torch.arange(PROMPTS),
     }
-    return Rollout(**parts | changes, group_size=GROUP, max_length=ALLOWED, choices=choices)
+    return Rollout(**parts | changes, group_size=GROUP, max_length=ALLOWED, credit=credit)
 
 
 def some_plans() -> Plans:
@@ -167,12 +167,8 @@ def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
     level, advantages = torch.randn(2, 15, LONGEST, generator=generator, dtype=torch.float64)
     unit = torch.rand(15, generator=generator, dtype=torch.float64) + 0.5
     choices = ChoiceValues(values, level, basis, torch.zeros(2).double(), some_plans(), None)
-    rollout = a_rollout(
-        advantages=advantages,
-        choices=choices,
-        choice_unit=unit,
-        mean_offsets=torch.zeros(15, LONGEST).double(),
-    )
+    credit = ChoiceCredit(choices, unit, mean_offsets=torch.zeros(15, LONGEST).double())
+    rollout = a_rollout(advantages=advantages, credit=credit)
     if not is_truncated:
         rollout = replace(rollout, support=None)
     every = [list(range(VOCAB))] * LONGEST
@@ -268,10 +264,9 @@ def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
             )
 
     choices = ChoiceValues(values, level, basis, grid, plans, Simulator())
-    rollout = a_rollout(
-        advantages=level, choices=choices, choice_unit=unit, mean_offsets=0.1 * before,
-        old_logprobs=as_matrix(slow_logprobs(a_model().double(), a_rollout(), 0.7)),
-    )  # fmt: skip
+    credit = ChoiceCredit(choices, unit, mean_offsets=0.1 * before)
+    old = as_matrix(slow_logprobs(a_model().double(), a_rollout(), 0.7))
+    rollout = a_rollout(advantages=level, credit=credit, old_logprobs=old)
     config = replace(CONFIG, num_minibatches=2, max_grad_norm=1e9)
     model = a_model().double()
     gradients: list[Tensor] = []
@@ -281,7 +276,7 @@ def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
     first, second = torch.arange(9), torch.arange(9, 15)  # 3 and 2 groups
     settings = replace(config, num_minibatches=1)
     assert torch.allclose(gradients[0], gradient_by(rollout, settings, first), atol=1e-12)
-    changed = replace(rollout, choices=replace(choices, values=again))
+    changed = replace(rollout, credit=replace(credit, choices=replace(choices, values=again)))
     assert torch.allclose(gradients[1], gradient_by(changed, settings, second), atol=1e-12)
     assert not torch.allclose(gradients[1], gradient_by(rollout, settings, second), rtol=0.1)
 
