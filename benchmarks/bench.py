@@ -170,7 +170,7 @@ def our_arm(
     model, reference = (load_transformer(folder).to(device) for _ in range(2))
     model.is_fused = reference.is_fused = is_fused
     prompts = torch.tensor(json.loads((folder / "prompts.json").read_text()), device=device)
-    mask, acting = torch.ones_like(prompts, dtype=torch.bool), ActingPolicy(1.0, item.top_p, 32)
+    acting = ActingPolicy(1.0, item.top_p, 32)
     stop, optimizer = StopRule((), 0, item.length), adamw(model, 1e-6, (0.9, 0.999), 0.0)
     rows, before = item.num_prompts * item.group_size, peak_gb(device)
     alike = math.gcd(item.group_size, item.micro_batch)
@@ -182,7 +182,7 @@ def our_arm(
         whose = rows[::alike] // item.group_size
         support = rows_of(done.support, rows)
         return completion_scores(
-            scorer, prompts[whose], mask[whose], done.tokens[rows], support, 1.0, None, has_entropy
+            scorer, prompts[whose], None, done.tokens[rows], support, 1.0, None, has_entropy
         ).logprobs
 
     for step in range(WARM_UP[device] + steps):
@@ -190,7 +190,7 @@ def our_arm(
         uniforms = torch.rand(rows, item.length, generator=generator).to(device)
         stamps = [now(device)]
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
-            done = sample_completions(model, prompts, mask, item.group_size, acting, stop, uniforms)
+            done = sample_completions(model, prompts, None, item.group_size, acting, stop, uniforms)
         rewards = torch.tensor(reward_of(done.tokens.tolist()), dtype=torch.float64)
         advantages = group_advantages(rewards, item.group_size, "group").to(device)
         stamps.append(now(device))

@@ -104,6 +104,11 @@ class Prompts:
     def __post_init__(self) -> None:
         check_record(self)
 
+    def placed(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask there. None: nothing is padded, which a GPU need not be asked later."""
+        mask = None if bool(self.mask.all()) else self.mask.to(device)
+        return self.tokens.to(device), mask
+
 
 def make_prompts(initial_states: Tensor, indices: Tensor, task: Task) -> Prompts:
     """Prompts for given starts [P, 2]."""

@@ -54,7 +54,7 @@ class Rollout:
     """Token side of a rollout: all that an update reads. Rows are this rank's, whole groups."""
 
     prompt_tokens: Annotated[Tensor, "N L"]
-    prompt_mask: Annotated[Tensor, "N L"]
+    prompt_mask: Annotated[Tensor | None, "N L"]  # None: nothing is padded
     completion_tokens: Annotated[Tensor, "N C"]
     completion_mask: Annotated[Tensor, "N C"]
     support: Annotated[Tensor | None, "N C S"]
@@ -93,7 +93,7 @@ def write_plans(
 ) -> tuple[Completions, list[str], ParsedControls]:
     """Sample and parse G completions for each prompt; `uniforms` None is greedy."""
     device = next(model.parameters()).device
-    tokens, mask = prompts.tokens.to(device), prompts.mask.to(device)
+    tokens, mask = prompts.placed(device)
     drawn = None if uniforms is None else uniforms.to(device)
     stop = StopRule(
         (int(task.tokenizer.eos_token_id),), pad_id(task.tokenizer), task.max_completion_length
@@ -131,7 +131,7 @@ def act(
 def score_rows(
     model: Transformer,
     prompt_tokens: Tensor,
-    prompt_mask: Tensor,
+    prompt_mask: Tensor | None,
     completions: Completions,
     config: GRPOConfig,
     micro_batches: Iterable[Tensor],
@@ -149,7 +149,7 @@ def score_rows(
         scores = completion_scores(
             model,
             prompt_tokens[prompts],
-            prompt_mask[prompts],
+            rows_of(prompt_mask, prompts),
             tokens,
             rows_of(completions.support, rows),
             config.temperature,
@@ -198,8 +198,9 @@ def make_rollout(
     """One rollout with the current weights, its text side, and the seconds of each phase."""
     began = time.perf_counter()
     device = next(model.parameters()).device
-    both = (prompts.tokens.to(device), prompts.mask.to(device))
-    tokens, mask = (repeat(x, "p l -> (p g) l", g=config.group_size) for x in both)
+    once, mask = prompts.placed(device)
+    tokens = repeat(once, "p l -> (p g) l", g=config.group_size)
+    mask = None if mask is None else repeat(mask, "p l -> (p g) l", g=config.group_size)
     # Of any step: only later epochs are shuffled by it.
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     size = config.micro_batch_size

@@ -62,7 +62,7 @@ class StopRule:
 def sample_completions(
     model: Transformer,
     prompt_tokens: Tensor,
-    prompt_mask: Tensor,
+    prompt_mask: Tensor | None,
     group_size: int,
     acting: ActingPolicy,
     stop: StopRule,
@@ -71,8 +71,9 @@ def sample_completions(
 ) -> Completions:
     """Draw `group_size` completions of at most `stop.max_length` tokens for each prompt [P, L].
 
-    Prompts are left-padded. `uniforms` [N, max_length] in [0, 1) decide every draw (None: greedy),
-    so equal ones give equal tokens however the rows are batched; C is the longest completion.
+    Prompts are left-padded; a mask of None: not at all. `uniforms` [N, max_length] in [0, 1) decide
+    every draw (None: greedy), so equal ones give equal tokens however the rows are batched; C is
+    the longest completion.
     Whole groups are decoded, at most `rows_per_batch` rows at a time, which bounds the cache; all
     batches have one size, that of the same recorded graphs, for which the last may begin with
     prompts of the one before.
@@ -82,16 +83,18 @@ def sample_completions(
         check_shapes(uniforms=(uniforms, f"{num_rows} {length}"))
     num_batches = math.ceil(len(prompt_tokens) / max(1, rows_per_batch // group_size))
     size = math.ceil(len(prompt_tokens) / num_batches)
-    is_padded = not bool(prompt_mask.all())
+    if prompt_mask is not None and bool(prompt_mask.all()):
+        prompt_mask = None
     batches = []
     for wanted in range(0, len(prompt_tokens), size):
         end = min(wanted + size, len(prompt_tokens))
         start = end - size
-        tokens, mask = prompt_tokens[start:end], prompt_mask[start:end]
+        tokens = prompt_tokens[start:end]
+        mask = None if prompt_mask is None else prompt_mask[start:end]
         drawn = None if uniforms is None else uniforms[start * group_size : end * group_size]
         batch = _Batch(
             len(tokens), tokens.shape[1], group_size, replace(acting, temperature=1.0),
-            acting.temperature != 1.0, stop, is_padded, drawn is None, model.is_fused,
+            acting.temperature != 1.0, stop, mask is not None, drawn is None, model.is_fused,
             product_dtype(model.embed.weight), tokens.device,
         )  # fmt: skip
         # Nobody keeps the decoder, so that its cache is gone before the next one is made.
@@ -209,7 +212,7 @@ class _Decoder:
         self,
         model: Transformer,
         prompt_tokens: Tensor,
-        prompt_mask: Tensor,
+        prompt_mask: Tensor | None,
         uniforms: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, ...]:
@@ -223,11 +226,11 @@ class _Decoder:
         self.temperature.fill_(temperature)
         if uniforms is not None:
             self.uniforms.copy_(uniforms)
-        mask = repeat(prompt_mask, "p l -> (p g) l", g=self.batch.group_size)
-        self.seen[:, : self.batch.prompt_length] = mask
+        if prompt_mask is not None:
+            mask = repeat(prompt_mask, "p l -> (p g) l", g=self.batch.group_size)
+            self.seen[:, : self.batch.prompt_length] = mask
         self.once.length = 0
-        visible = prompt_mask if self.batch.is_padded else None
-        logits = self.model(prompt_tokens, visible, self.once, last_logits)  # [P, V]
+        logits = self.model(prompt_tokens, prompt_mask, self.once, last_logits)  # [P, V]
         self.cache.fill_from(self.once, self.batch.group_size)
         self._write(repeat(logits, "p v -> (p g) v", g=self.batch.group_size), 0)
         length = self.batch.stop.max_length

@@ -35,7 +35,7 @@ SHARED_FROM = 8
 def completion_scores(
     model: Transformer,
     prompt_tokens: Tensor,
-    prompt_mask: Tensor,
+    prompt_mask: Tensor | None,
     completion_tokens: Tensor,
     support: Tensor | None,
     temperature: float,
@@ -45,19 +45,22 @@ def completion_scores(
     """Score completions [M, C] after left-padded prompts [P, L], for old, new and reference alike.
 
     A prompt is that of M / P rows that follow one another, and goes once through the model for all
-    of them if it is long and nothing is padded. The last completion token is never fed, and only
-    completion positions reach the head, in chunks.
+    of them if it is long and nothing is padded. A mask of None says so without a look, for which a
+    GPU's host would wait. The last completion token is never fed, and only completion positions
+    reach the head, in chunks.
     """
     (num_prompts, length), fed = prompt_tokens.shape, completion_tokens[:, :-1]
     group = len(fed) // max(1, num_prompts)
-    is_padded, shared = not bool(prompt_mask.all()), None
-    if group > 1 and not is_padded and length >= shared_from(fed.is_cuda):
+    if prompt_mask is not None and bool(prompt_mask.all()):
+        prompt_mask = None
+    shared = None
+    if group > 1 and prompt_mask is None and length >= shared_from(fed.is_cuda):
         shared = SharedPrompts(num_prompts, length, group, fed.shape[1])
         tokens = rearrange(torch.cat([prompt_tokens.flatten(), fed.flatten()]), "t -> 1 t")
     else:
         repeated = repeat(prompt_tokens, "p l -> (p g) l", g=group)
         tokens = torch.cat([repeated, fed], dim=1)  # [M, L + C - 1]
-    if is_padded:
+    if prompt_mask is not None:
         # Padding goes to the right, where it needs no mask: no real token comes after it, and what
         # is scored there is masked.
         pads = repeat((~prompt_mask).sum(dim=1), "p -> (p g) 1", g=group)
@@ -75,7 +78,7 @@ def completion_scores(
     def output(hidden: Tensor, head_weight: Tensor) -> TokenScores:
         if shared is not None:
             predicting = shared.last_of_prompts_and_rows(hidden)  # [M, C, E]
-        elif is_padded:
+        elif prompt_mask is not None:
             index = repeat(places[length - 1 :] - pads, "m c -> m c e", e=hidden.shape[2])
             predicting = hidden.gather(1, index)
         else:

@@ -140,7 +140,7 @@ def accumulate_gradient(
             scores = completion_scores(
                 model,
                 rollout.prompt_tokens[prompts],
-                rollout.prompt_mask[prompts],
+                rows_of(rollout.prompt_mask, prompts),
                 tokens,
                 rows_of(rollout.support, chosen),
                 config.temperature,

@@ -162,6 +162,12 @@ def test_prompts_are_left_padded_with_their_start_beside_them():
         assert prompts.texts[n] == prompt_text(starts[n], PLANT, CODEC)
         ids = prompts.tokens[n][prompts.mask[n]]
         assert TASK.tokenizer.decode(ids) == prompts.texts[n]
+    mask = prompts.mask.clone()
+    mask[3, 0] = False
+    for changed, wanted in ((prompts, None), (replace(prompts, mask=mask), mask)):
+        tokens, found = changed.placed(torch.device("cpu"))
+        assert torch.equal(tokens, prompts.tokens)
+        assert found is None if wanted is None else torch.equal(found, wanted)
 
 
 def test_padding_is_on_the_left_for_prompts_and_on_the_right_for_demonstrations():

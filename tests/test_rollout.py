@@ -189,7 +189,7 @@ def test_permuting_or_leaving_out_prompts_permutes_or_leaves_out_groups(
     part, text = rolled(config, chosen_prompts(places), torch.tensor(places), None, a_model(7))
     rows, width = rows_of(places), part.completion_tokens.shape[1]
     assert text.texts == [experience.texts[n] for n in rows]
-    for name in ("prompt_tokens", "prompt_mask", "rewards", "advantages"):
+    for name in ("prompt_tokens", "rewards", "advantages"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[rows]), name
     for name in ("completion_tokens", "completion_mask"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[rows, :width]), name
@@ -197,6 +197,26 @@ def test_permuting_or_leaving_out_prompts_permutes_or_leaves_out_groups(
     for name in ("sampling_logprobs", "old_logprobs", "ref_logprobs"):
         got, expected = getattr(part, name), getattr(rollout, name)[rows, :width]
         assert torch.allclose(got[mask], expected[mask], rtol=0, atol=1e-5), name
+
+
+def test_padding_of_prompts_reaches_all_log_probs_and_no_mask_says_that_there_is_none() -> None:
+    mask = PROMPTS.mask.clone()
+    mask[[1, 3], :2] = False
+    config = replace(CONFIG, num_minibatches=2)
+    rollout, done = rolled(config, replace(PROMPTS, mask=mask), reference=a_model(7))
+    assert torch.equal(rollout.prompt_mask, mask.repeat_interleave(3, 0))
+    parts = (rollout.completion_tokens, rollout.support, config.temperature)
+    written = rollout.completion_mask
+    for model, got in ((a_model(), rollout.old_logprobs), (a_model(7), rollout.ref_logprobs)):
+        with torch.no_grad():
+            wanted, unmasked = (
+                completion_scores(model, rollout.prompt_tokens, seen, *parts).logprobs
+                for seen in (rollout.prompt_mask, None)
+            )
+        assert torch.allclose(got[written], wanted[written], rtol=0, atol=1e-5)
+        assert (got - unmasked)[written].abs().max() > 1e-2
+    unpadded, other = rolled(config)
+    assert unpadded.prompt_mask is None and other.texts != done.texts
 
 
 def test_the_batch_std_is_that_of_the_raw_rewards_of_all_ranks(
@@ -442,8 +462,7 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     # The mean over q of every sampled position, by a loop over the vocabulary.
     tokens, mask = rollout.completion_tokens, rollout.completion_mask
     everything = torch.cat([rollout.prompt_tokens, tokens[:, :-1]], dim=1)
-    full = torch.cat([rollout.prompt_mask, torch.ones_like(mask[:, :-1])], dim=1)
-    z = a_model()(everything, full, None, logits)[:, PROMPT_LENGTH - 1 :] / config.temperature
+    z = a_model()(everything, None, None, logits)[:, PROMPT_LENGTH - 1 :] / config.temperature
     expected = torch.zeros(mask.shape)
     for n, c in mask.nonzero().tolist():
         ids = [i for i in rollout.support[n, c].tolist() if i >= 0]

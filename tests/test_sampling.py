@@ -92,7 +92,8 @@ def chain(vocab: int, moves: dict[int, int]) -> Chain:
     return Chain(table)
 
 
-def test_the_worked_example_of_the_module():
+@pytest.mark.parametrize("prompt_mask", [torch.tensor([[True]]), None])
+def test_the_worked_example_of_the_module(prompt_mask):
     """House example: two rows end, one is cut off; token 9 was drawn from {5, 9}."""
     p = torch.full((11, 11), 1e-6)
     p[2, [5, 9, 7]] = torch.tensor([0.6, 0.35, 0.05])  # the prompt is token 2
@@ -103,7 +104,7 @@ def test_the_worked_example_of_the_module():
     model = Chain(temperature * p.log())
     uniforms = torch.tensor([[0.1, 0.5, 0.2], [0.9, 0.5, 0.0], [0.6, 0.5, 0.9]])
     got = sample_completions(
-        model, torch.tensor([[2]]), torch.tensor([[True]]), 3,
+        model, torch.tensor([[2]]), prompt_mask, 3,
         ActingPolicy(temperature, 0.9, 4), StopRule((1,), 0, 3), uniforms,
     )  # fmt: skip
     assert got.tokens.tolist() == [[5, 7, 1], [9, 1, 0], [5, 7, 7]]

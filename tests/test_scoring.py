@@ -119,18 +119,23 @@ def test_a_prompt_fed_once_for_its_rows_changes_neither_scores_nor_gradient(
     fed = []
     model.embed.register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].numel()))
     found = []
-    for each, least in ((prompts.repeat_interleave(2, 0), 1), (prompts, 1), (prompts, 8)):
+    for each, least, mask in (
+        (prompts.repeat_interleave(2, 0), 1, torch.ones(6, 7, dtype=torch.bool)),
+        (prompts, 1, torch.ones(3, 7, dtype=torch.bool)),
+        (prompts, 8, None),
+        (prompts, 1, None),
+    ):
         monkeypatch.setattr(scoring, "SHARED_FROM", least)
         model.zero_grad()
-        mask = torch.ones_like(each, dtype=torch.bool)
         scores = completion_scores(model, each, mask, tokens, None, 1.2)
         (weights * scores.logprobs).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         found.append((scores.logprobs.detach(), scores.entropy, gradient))
-    assert fed == [6 * (6 + length), 21 + 6 * (length - 1), 6 * (6 + length)]
-    for apart, shared, short in zip(*found, strict=True):
+    once_a_row, once = 6 * (6 + length), 21 + 6 * (length - 1)
+    assert fed == [once_a_row, once, once_a_row, once]
+    for apart, shared, short, unasked in zip(*found, strict=True):
         assert torch.allclose(shared, apart, rtol=1e-10, atol=1e-12)
-        assert torch.equal(short, apart)
+        assert torch.equal(short, apart) and torch.equal(unasked, shared)
 
 
 def test_prompts_with_padding_are_fed_once_a_row(monkeypatch):
