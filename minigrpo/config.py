@@ -130,7 +130,7 @@ class RunSettings(Settings):
     keep_last: int = flag(2, "checkpoints kept, the newest ones", at_least=2)
     tensorboard: bool = flag(False, "also write TensorBoard events (extra: tensorboard)")
     stop_after_minutes: float = flag(
-        0.0, "save and stop cleanly after that time; 0 is never", at_least=0
+        0.0, "save and stop cleanly that long after the model was loaded; 0 is never", at_least=0
     )
     parallel: Literal["ddp", "fsdp"] = flag(
         "ddp", "with torchrun: ddp keeps the whole model on each rank, fsdp shards it"
