@@ -128,7 +128,7 @@ LONG_GRPO = {
     "steps_600": "--steps 600 --decay-steps 500",
     "bfloat16": "--precision bfloat16",
     "clean": "--demonstration-noise 0 |",
-    "strong": f"{STRONG} | --steps 120",
+    "strong": f"{STRONG} |",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
 LONG_ARMS = (*LONG_GRPO, *SFT_ALONE, *(f"more_sft_{rate}" for rate in MORE_SFT))
