@@ -185,6 +185,9 @@ def test_wrong_shapes_are_refused():
         ValueError, match=r"controls must have shape \[N, 7\] with N=3, got \(3, 8\)"
     ):
         plant.simulate(*draw(3, 8))
+    start, controls = draw(3, 7)
+    with pytest.raises(ValueError, match=r"initial_states must have shape \[N, 2\], got \(3, 1\)"):
+        plant.simulate(start[:, :1], controls)  # which would be position and velocity both
     with pytest.raises(ValueError, match=r"states must have shape \[N, T\+1, 2\] with N=3, T=7"):
         Trajectories(torch.zeros(3, 7), torch.zeros(3, 7, 2), torch.zeros(3))
 
@@ -217,6 +220,7 @@ def test_the_grid_follows_bound_and_decimals():
         ("control_bound", 1000001.0),
         ("state_bound", float("inf")),
         ("control_bound", -3.0),
+        ("control_bound", 0.0),
         ("start_bound", 1.1),  # outside the state bound
         ("start_bound", 0.805),  # not on the grid
         ("start_decimals", -1),
@@ -226,3 +230,17 @@ def test_the_grid_follows_bound_and_decimals():
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field} must .*, got {value}"):
         DoubleIntegrator(**{field: value})
+
+
+def test_the_limits_themselves_are_allowed():
+    assert DoubleIntegrator(0.001, 1, start_bound=1.0, start_decimals=0).dt == 0.001
+    assert DoubleIntegrator(1000, 1000, 1e6, 1e6, 0.001, start_decimals=6).dt == 1000
+
+
+@pytest.mark.parametrize(("decimals", "largest"), [(0, 1000.0), (1, 100.0), (2, 10.0), (4, 0.1)])
+def test_a_grid_has_at_most_1000_steps_on_each_side(decimals, largest):
+    plant = DoubleIntegrator(state_bound=2000.0, start_bound=largest, start_decimals=decimals)
+    assert plant.start_bound == largest
+    more = round(largest + 10**-decimals, decimals)
+    with pytest.raises(ValueError, match=f"^start_bound must .* 1000 steps .*, got {more}"):
+        DoubleIntegrator(state_bound=2000.0, start_bound=more, start_decimals=decimals)

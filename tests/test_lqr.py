@@ -256,6 +256,7 @@ def test_float32_starts_and_wrong_shapes():
 def test_bad_weights_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be positive and at most 1e6, got {value}"):
         QuadraticCost(**{field: value})
+    assert getattr(QuadraticCost(**{field: 1e6}), field) == 1e6
 
 
 @pytest.mark.parametrize("dt", [1e-3, 1e3])
