@@ -183,6 +183,13 @@ def test_at_the_origin_progress_means_staying_there():
     rewards = score([(0.0, 0.0)] * 4, plans)
     assert rewards.components["progress"].tolist() == [30, 30, 0, 0]  # 0.096 is there, 0.101 is not
     assert rewards.total.isfinite().all()
+    plans = plans.double()
+    tally = tally_of(plans, PLANT.simulate(torch.zeros_like(plans[:, :2]), plans), PLANT, COST)
+    first = torch.tensor([0.0, 9e-7, 1e-6, 1e-6], dtype=torch.float64)
+    last = torch.tensor([0.1, 0.1 - 1e-9, 5e-7, 2e-6], dtype=torch.float64)
+    tally = replace(tally, initial=first, final=last)
+    expected = [0, 30, 15, 0]  # from 1e-6 on it is a start like any other
+    assert progress_rewards(tally, 50, WEIGHTS)["progress"].tolist() == pytest.approx(expected)
 
 
 def test_malformed_rows_are_zero_under_progress_and_minus_ten_under_punishment():
