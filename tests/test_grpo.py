@@ -292,6 +292,9 @@ def test_the_naive_float32_formula_turns_equal_rewards_into_a_signal() -> None:
 def test_constant_groups_are_counted_by_group_whatever_the_scale() -> None:
     rewards = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 5.0, 5.0, 5.0 + 9e-7]).double()
     assert constant_groups(rewards, 3).tolist() == [True, False, True]
+    edge = torch.tensor([0.0, 1e-6], dtype=torch.float64)  # not less than 1e-6
+    assert not constant_groups(edge, 2).any()
+    assert advantage_scale(edge, 2, "batch", None).all()
 
 
 def test_two_rows_get_the_same_advantages_whatever_the_gap() -> None:
@@ -329,7 +332,7 @@ def test_std_batch_counts_the_rewards_of_all_ranks() -> None:
 
 
 def test_rewards_that_are_no_whole_groups_are_refused() -> None:
-    for shape, group_size in ((7,), 3), ((6,), 1), ((2, 3), 3):
+    for shape, group_size in ((7,), 3), ((6,), 1), ((2, 3), 3), ((3, 2), 3):
         with pytest.raises(ValueError, match=rf"whole groups of {group_size} >= 2 rows, got \("):
             group_advantages(torch.zeros(shape), group_size, "group")
 
@@ -508,6 +511,25 @@ def test_without_an_advantage_nothing_is_clipped() -> None:
     ratio = torch.tensor([[0.1, 1.0, 9.0]])
     low, high = clip_binds(ratio, torch.zeros(1, 1), 0.2, 0.2)
     assert not low.any() and not high.any()
+
+
+def test_a_ratio_on_its_bound_is_not_clipped() -> None:
+    """With bounds of 0 that is every token of the first update."""
+    batch = uneven_batch()
+    expected = random(7, 11, seed=9).requires_grad_()
+    denominator, found = loss_denominator(batch.mask, "dapo", 13), []
+    for low, high in (0.2, 0.28), (0.0, 0.0), (0.0, 0.28), (0.2, 0.0):
+        logprobs, expected.grad = batch.logprobs.clone().requires_grad_(), None
+        loss, metrics = grpo_loss(
+            logprobs, None, None, batch.mask, batch.advantages, denominator,
+            Objective(low, high, 0.0, "dapo"), expected,
+        )  # fmt: skip
+        loss.backward()
+        found.append([logprobs.grad, expected.grad, metrics.vector()])
+        assert metrics.num_clip_low == metrics.num_clip_high == metrics.num_far == 0
+    assert all(gradient.any() for gradient in found[0])
+    for narrow in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(narrow, found[0], strict=True))
 
 
 def test_log_ratios_beyond_20_are_clamped_and_counted() -> None:
@@ -866,7 +888,8 @@ def test_float64_advantages_leave_a_float32_loss_in_float32() -> None:
     expected, slope, _ = loss_of(batch)
     loss, gradient, metrics = loss_of(single)
     assert loss.dtype == gradient.dtype == torch.float32
-    assert metrics.vector().dtype == torch.float64 and not metrics.vector().requires_grad
+    assert {value.dtype for value in vars(metrics).values()} == {torch.float64}
+    assert not metrics.vector().requires_grad
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)  # 40 terms of size 1 / 40
     torch.testing.assert_close(gradient, slope.float(), rtol=1e-5, atol=1e-7)
 
