@@ -648,6 +648,7 @@ def test_an_all_masked_batch_gives_a_finite_0(aggregation: Aggregation) -> None:
     batch = Batch(nothing, nothing, nothing, mask, torch.ones(3))
     loss, gradient, metrics = loss_of(batch, aggregation)
     assert loss.item() == 0.0 and not gradient.any()
+    assert loss_report(metrics, 1)["loss/ratio_mean"] == 0.0
     whole = loss_of(uneven_batch(), aggregation)[2]
     merged = merge_metrics([whole, metrics])  # a rank that had no rows
     assert torch.equal(merged.vector(), whole.vector())
@@ -948,6 +949,11 @@ def test_a_report_of_two_steps_holds_their_means() -> None:
         assert report[name] == pytest.approx(mean, abs=ROUNDING)
     assert report["loss/ratio_min"] == min(r["loss/ratio_min"] for r in apart)
     assert report["loss/ratio_max"] == max(r["loss/ratio_max"] for r in apart)
+
+
+def test_a_report_of_one_token_divides_by_one() -> None:
+    batch = Batch(random(1, 1, seed=27), None, None, mask_of([1], 1), torch.ones(1))
+    assert loss_report(loss_of(batch)[2], 1)["loss/ratio_mean"] == 1.0
 
 
 def test_metrics_survive_the_way_through_one_vector() -> None:
