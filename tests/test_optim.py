@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minigrpo.optim import (
     adamw,
+    apply_gradient,
     cosine_learning_rate,
     has_converged,
     linear,
@@ -153,6 +154,7 @@ def test_schedule_never_updates_at_0() -> None:
 def test_schedule_without_steps_after_the_warm_up_is_defined() -> None:
     assert [cosine_learning_rate(step, 2, 1.0, 2) for step in range(3)] == [0.5, 1.0, 1.0]
     assert cosine_learning_rate(0, 1, 1.0, 0) == 1.0
+    assert cosine_learning_rate(1, 1, 1.0, 0) == cosine_learning_rate(3, 2, 1.0, 2) == 0.0
 
 
 def test_a_line_goes_from_end_to_end_and_stays_there() -> None:
@@ -169,6 +171,7 @@ def test_a_plateau_halves_the_rate_once() -> None:
     assert plateau_factor([*flat, 9.0], 2) == 0.5  # 2, 2, 9
     assert plateau_factor(rising[::-1], 1) == 0.5**5
     assert plateau_factor(rising[::-1], 0) == 1.0
+    assert plateau_factor([8.0, 8.0, 0.0, 0.0, 2.0, 2.0], 2) == 0.5  # above the window before alone
 
 
 def test_a_run_has_converged_when_its_best_is_old() -> None:
@@ -177,6 +180,20 @@ def test_a_run_has_converged_when_its_best_is_old() -> None:
     assert found == [False, False, False, False, True, True]  # an equal one is no new best
     assert not has_converged(scores, 0) and not has_converged([*scores, 6.0], 2)
     assert not has_converged([], 1) and has_converged([2.0, 2.0], 1)
+
+
+def test_a_long_gradient_is_scaled_by_its_limit_over_norm_plus_1e_6() -> None:
+    """Looked at where the 1e-6 counts, and a short gradient stays."""
+    for limit, factor in (2e-6, 0.5), (5e-6, 1.0):
+        model = Transformer(TransformerConfig("llama", 9, 6, 5, 1, 1, 1, 6))
+        weight, before = model.norm.weight, parameters(model)
+        weight.grad = torch.tensor([1e-6, 2e-6, -2e-6, 0.0, 0.0, 0.0])
+        norm = apply_gradient(model, torch.optim.SGD(model.parameters(), lr=1e5), limit, None)
+        assert norm == pytest.approx(3e-6)
+        moved = torch.tensor([0.1, 0.2, -0.2, 0.0, 0.0, 0.0]) * factor
+        for name, value in parameters(model).items():
+            expected = before[name] - moved if name == "norm.weight" else before[name]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -197,6 +214,10 @@ def test_gradients_of_tables_are_smoothed_once_and_others_not_at_all(is_tied: bo
         if name in tables:
             wanted = torch.einsum("vw,we->ve", kernel, wanted)
         assert torch.allclose(parameter.grad, wanted), name
+    wide = model.double().embed.weight  # whose gradients the kernel of float32 smooths as well
+    wide.grad = given["embed.weight"].double()
+    smooth_gradients(model, kernel)
+    assert torch.equal(wide.grad, kernel.double() @ given["embed.weight"].double())
     model.embed.weight.grad = None  # frozen, as under adapters
     smooth_gradients(model, kernel)
     assert model.embed.weight.grad is None
