@@ -55,6 +55,18 @@ def test_gradients_are_the_differences_of_the_formulas() -> None:
         assert gradcheck(lambda a: rotate(a, cos, sin), (value,))
         assert gradcheck(gated_silu, (value,))
     assert gradcheck(lambda a: rms_norm(a, weight.detach(), 0.3), (x,))
+    assert gradcheck(lambda b: rms_norm(x.detach(), b, 0.3), (weight,))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """What is written by hand is differentiated once."""
+    weight, (cos, sin) = numbers(8, seed=1), rotation(5, 8)
+    for function in (lambda a: rms_norm(a, weight, 0.3), lambda a: rotate(a, cos, sin), gated_silu):
+        x = numbers(2, 3, 5, 8).requires_grad_()
+        value = function(x).square().sum()
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -79,10 +91,9 @@ def test_the_gradient_by_hand_is_that_of_autograd_and_keeps_the_dtype(
         x = numbers(2, 3, 5, 8).to(dtype).requires_grad_()
         weight.grad = None
         outputs = [rms_norm(x, weight, 1e-6), rotate(x, cos, sin), gated_silu(x)]
-        names = [type(value.grad_fn).__name__ for value in outputs]
-        assert (names == ["_RMSNormBackward", "_RotationBackward", "_GatedSiluBackward"]) == (
-            is_by_hand
-        )
+        classes = ["_RMSNormBackward", "_RotationBackward", "_GatedSiluBackward"]
+        for value, name in zip(outputs, classes, strict=True):
+            assert (type(value.grad_fn).__name__ == name) == is_by_hand
         assert all(value.dtype == dtype for value in outputs)
         sum((value.float() * numbers(*value.shape, seed=9)).sum() for value in outputs).backward()
         assert x.grad is not None and x.grad.dtype == dtype
