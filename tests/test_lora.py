@@ -102,6 +102,23 @@ def test_adapters_compute_what_the_merged_weights_compute(kind: str, targets: st
                 assert torch.equal(new, old) != (name.rpartition(".")[2] in targets), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_the_exact_sum_rounded_once(dtype: torch.dtype) -> None:
+    model = adapted(a_model().to(dtype), "q_proj,v_proj,down_proj")
+    merged, num_moved = dict(merged_weights(model)), 0
+    assert type(model.blocks[0].attention.out) is torch.nn.Linear  # no target, so left alone
+    for path, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            new, old = (w.split(layer.sizes) for w in (merged[f"{path}.weight"], layer.weight))
+            for name, got, expected in zip(layer.names, new, old, strict=True):
+                if name is not None:
+                    a, b = layer.lora_a[name].double(), layer.lora_b[name].double()
+                    expected, num_moved = expected + ALPHA / RANK * (b @ a), num_moved + 1
+                assert torch.equal(got, expected.to(dtype)) and got.dtype == dtype
+                assert not got.requires_grad
+    assert num_moved == 3 * SHAPE.num_layers
+
+
 def test_gradients_are_those_of_the_full_weights_by_the_chain_rule() -> None:
     """W + s B A: dL/dA = s B' dL/dW, dL/dB = s dL/dW A'."""
     model = adapted(a_model())
