@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from minigrpo.data import Task, demonstrations, make_prompts, make_task, prompt_lengths
 from minigrpo.double_integrator import DoubleIntegrator
@@ -325,6 +325,13 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace('"WordLevel"', '"WordLevel2"'))
     with pytest.raises(ValueError, match="must hold a tokenizer that transformers can load"):
+        load_tokenizer(tmp_path, 10_000)
+
+
+def test_a_tokenizer_in_plain_python_is_refused(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must hold a fast tokenizer, found ByT5Tokenizer$"):
         load_tokenizer(tmp_path, 10_000)
 
 
