@@ -17,6 +17,7 @@ from minigrpo.prompts import (
     prompt_text,
     render_controls,
     system_text,
+    wording,
 )
 
 PLANT = DoubleIntegrator()
@@ -325,10 +326,24 @@ def test_words_name_the_facts_of_the_plant():
     assert text.isascii() and system.isascii()
 
 
-@pytest.mark.parametrize("start", [[0.505, 0.0], [0.0, 0.001], [float("nan"), 0.0]])
+def test_the_wording_is_what_is_read_at_rest_at_the_origin():
+    assert wording(PLANT, NUMBERS) == "position 0.00 velocity 0.00 controls"
+    prompt = prompt_text(torch.zeros(2, dtype=torch.float64), PLANT, WORDS)
+    assert wording(PLANT, WORDS) == f"{system_text(PLANT, WORDS)}\n{prompt}"
+
+
+@pytest.mark.parametrize(
+    "start", [[0.505, 0.0], [0.0, 0.001], [float("nan"), 0.0], [0.1 + 1.5e-6, 0.0]]
+)
 def test_a_start_that_text_would_round_is_refused(start):
     with pytest.raises(ValueError, match=r"^initial_state must have 2 decimals, got"):
         prompt_text(torch.tensor(start, dtype=torch.float64), PLANT, NUMBERS)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (1, 2)])
+def test_a_start_that_is_not_two_numbers_is_refused(shape):
+    with pytest.raises(ValueError, match=r"^initial_state must have shape \[2\], got \("):
+        prompt_text(torch.zeros(shape), PLANT, NUMBERS)
 
 
 def test_the_prompt_has_the_decimals_of_the_grid_not_of_the_controls():
@@ -348,5 +363,6 @@ def test_controls_that_no_number_can_say_are_refused(value):
 def test_bad_codecs_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^style must be numbers or words, got json"):
         Codec("json")
-    with pytest.raises(ValueError, match=r"^decimals must be between 1 and 6, got 0"):
-        Codec(decimals=0)
+    for decimals in (0, 7):
+        with pytest.raises(ValueError, match=f"^decimals must be between 1 and 6, got {decimals}"):
+            Codec(decimals=decimals)
