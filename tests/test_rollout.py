@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -433,6 +434,16 @@ def test_sample_records_show_whole_groups_with_their_own_numbers() -> None:
         assert shown["reward"] == float(rollout.rewards[n]) == sum(shown["components"].values())
         assert shown["advantage"] == float(rollout.advantages[n])
     assert len(sample_records(chosen_prompts([2]), experience, rollout)) == 1
+
+
+def test_the_seconds_of_a_rollout_end_sampling_where_scoring_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(perf_counter=iter([100.0, 103.0, 108.0]).__next__)
+    monkeypatch.setattr(rollout_module, "time", clock)
+    rest = (PROMPTS, torch.arange(5), CONFIG, TASK, final_distance)
+    *_, seconds = make_rollout(a_model(), None, *rest)
+    assert seconds == {"time/sampling_s": 3.0, "time/scoring_s": 5.0}
 
 
 def test_a_rollout_changes_no_weight_and_leaves_no_gradient() -> None:
