@@ -1,6 +1,7 @@
 """Folders against transformers, in both directions: configs, weights, and what is refused."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -224,6 +225,8 @@ def config_of(base: str, **changes: object) -> dict[str, object]:
         ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta"),
         ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta must be of type float"),
         ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be of type float, got 1000"),
+        ("llama", {"rms_norm_eps": math.inf}, "norm_eps must be positive and finite, got inf"),
+        ("llama", {"rms_norm_eps": 0.0}, "norm_eps must be positive and finite, got 0.0"),
         ("llama", {"num_hidden_layers": "absent"}, "lacks num_hidden_layers"),
         ("llama", {"vocab_size": 23.0}, "vocab_size must be of type int, got 23.0"),
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be of type int, got True"),
@@ -239,6 +242,10 @@ def config_of(base: str, **changes: object) -> dict[str, object]:
 def test_a_config_key_is_used_inert_or_an_error(model_type, changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_json(config_of(model_type, **changes))
+
+
+def test_a_model_may_have_a_thousand_layers():
+    assert config_from_json(config_of("llama", num_hidden_layers=1000)).num_layers == 1000
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", "null", pytest.param("[" * 200_000, id="deep")])
