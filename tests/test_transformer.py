@@ -181,6 +181,16 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@torch.no_grad()
+def test_a_model_that_trains_with_checkpointing_still_reads_its_cache():
+    model, tokens = our_model("llama").train(), some_tokens(3, 8)
+    expected = model(tokens, None, None, last_logits)
+    model.gradient_checkpointing = True
+    cache = KVCache(model.config, 3, 8, tokens.device, torch.float32)
+    model(tokens[:, :7], None, cache, last_logits)
+    assert largest_difference(model(tokens[:, 7:], None, cache, last_logits), expected) < 1e-5
+
+
 def test_initial_weights_depend_on_the_passed_generator_alone():
     first = Transformer(our_model("qwen2").config)
     torch.manual_seed(99)
