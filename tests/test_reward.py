@@ -166,9 +166,10 @@ def test_control_violations_look_at_the_text_and_the_rest_at_the_actuator():
 
 def test_a_start_out_of_bounds_counts_for_validity_and_is_no_violation():
     brake = [[0.5] * 10 + [0.0] * 40]
-    rewards = score([(1.04, -0.5)], brake).components  # the next state is within bounds
-    assert rewards["validity"].item() == pytest.approx(10 * (1 - 1 / 51) - 5)
-    assert rewards["constraints"].item() == 0
+    both = torch.tensor([brake[0], [-u for u in brake[0]]])
+    rewards = score([(1.04, -0.5), (-1.04, 0.5)], both).components  # the next state is within
+    assert rewards["validity"].tolist() == pytest.approx([10 * (1 - 1 / 51) - 5] * 2)
+    assert rewards["constraints"].tolist() == [0, 0]
     rewards = score([(1.07, -0.5)], brake).components  # the next one is not, and that counts twice
     assert rewards["validity"].item() == pytest.approx(10 * (1 - 2 / 51) - 5)
     assert rewards["constraints"].item() == -2
