@@ -52,7 +52,7 @@ def lqr_gain(plant: DoubleIntegrator, cost: QuadraticCost) -> Tensor:
 
     P = A'PA - A'PB (R + B'PB)^-1 B'PA + Q,   K = (R + B'PB)^-1 B'PA
     """
-    state_weights = torch.tensor([cost.position, cost.velocity])
+    state_weights = torch.tensor([cost.position, cost.velocity], dtype=torch.float64)
     return _riccati_gain(*plant.matrices(), state_weights, cost.control)
 
 

@@ -103,7 +103,7 @@ def test_gain_equals_the_published_examples():
     ("plant", "cost"),
     [
         (PLANT, COST),
-        (DoubleIntegrator(dt=0.3, horizon=17), QuadraticCost(3.0, 0.5, 2.0, 1.0)),
+        (DoubleIntegrator(dt=0.3, horizon=17), QuadraticCost(0.3, 0.1, 0.2, 1.0)),
     ],
 )
 def test_gain_is_the_first_control_of_dense_least_squares(plant, cost):
