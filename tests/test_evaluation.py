@@ -326,6 +326,10 @@ def test_paired_difference_of_numbers_worked_by_hand():
     # nor is one that is above 0 in 85 % of the resamples
     unsure = results_of(worth + float64([9.0, -4, 6, -3, 4]))
     assert paired_difference(a, b, unsure)["gap_closed"] is None
+    # nor one that resamples without the first start have nothing of, but a small one is
+    unsure = results_of(worth + float64([9.0, 0, 0, 0, 0]))
+    assert paired_difference(a, b, unsure)["gap_closed"] is None
+    assert paired_difference(a, b, results_of(worth + 0.5))["gap_closed"] == 4.0
     at_rest = results_of(worth, cost=0 * ones)
     assert paired_difference(a, b, at_rest)["cost_ratio_difference"] is None
     assert paired_difference(a, b, at_rest)["cost_ratio_difference_ci95"] is None
@@ -495,8 +499,8 @@ def test_skipped_mpc_is_null_and_changes_no_other_number():
 
 def test_initial_states_are_read_as_written(tmp_path):
     path = tmp_path / "starts.json"
-    path.write_text("[[0.5, -0.31], [0, 0], [-0.8, 0.8]]")
-    assert read_starts(path, TASK.plant).tolist() == [[0.5, -0.31], [0.0, 0.0], [-0.8, 0.8]]
+    path.write_text("[[0.5, -0.31], [0, 0], [-0.8, 0]]")
+    assert read_starts(path, TASK.plant).tolist() == [[0.5, -0.31], [0.0, 0.0], [-0.8, 0.0]]
     assert read_starts(path, TASK.plant).dtype == torch.float64
 
 
