@@ -10,6 +10,7 @@ import torch
 from test_update import CONFIG, a_model, a_rollout, gradient_by, weights_of
 from tiny import untrained_checkpoint
 from torch import Tensor
+from watch import Watch
 
 import train_grpo
 from minigrpo.gradient_signal import gradient_signal, pair_mean, rollout_gradient, signal_table
@@ -112,12 +113,14 @@ def test_the_jackknife_is_that_of_a_slow_loop() -> None:
 
 
 def test_a_wide_gradient_is_taken_in_pieces() -> None:
-    """More entries than one piece of the products; float32 sums would lose the third digit."""
-    wide = torch.ones(3, 2**20 + 5) * 1e-3
+    """So that float64, in which sums keep their third digit, takes no more than 2 copies of one."""
+    wide = torch.ones(3, 2**21 + 5) * 1e-3
     wide[1] *= -1
-    signal = gradient_signal(wide, 1)
+    with Watch(wide) as watch:
+        signal = gradient_signal(wide, 1)
     assert signal.cosine == pytest.approx(-1 / 3, abs=1e-12)
-    assert signal.squared_norm == pytest.approx(-1e-6 * (2**20 + 5) / 3, rel=1e-6)
+    assert signal.squared_norm == pytest.approx(-1e-6 * (2**21 + 5) / 3, rel=1e-6)
+    assert watch.peak <= 2 * 3 * 2**20 * 8 + 1000
 
 
 def test_a_rollouts_gradient_is_that_of_all_its_rows() -> None:
@@ -131,6 +134,9 @@ def test_a_rollouts_gradient_is_that_of_all_its_rows() -> None:
     assert torch.allclose(first, gradient_by(rollout, config).float(), rtol=1e-6, atol=1e-12)
     assert torch.equal(weights_of(model), weights_of(a_model().double()))
     assert all(parameter.grad is None for parameter in model.parameters())
+    model.norm.weight.requires_grad_(False)  # as all is below adapters
+    trained = torch.cat([torch.full((p.numel(),), p.requires_grad) for p in model.parameters()])
+    assert torch.allclose(rollout_gradient(model, rollout, config), first[trained], rtol=1e-6)
 
 
 def test_the_command_measures_fresh_rollouts_and_writes_nothing(
