@@ -294,15 +294,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
 def test_the_latest_checkpoint_is_the_highest_complete_one(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     model, optimizer = make_model()
-    for step in (1000, 90, 7):  # written last is not latest, and 90 sorts before 1000 as a number
+    for step in (1_000_000, 999_999, 7):  # written last is not latest, nor the last by name
         save(tmp_path, step, model, optimizer)
     shutil.copytree(
-        tmp_path / "checkpoints" / "step-000007", tmp_path / "checkpoints" / "step-002000.tmp"
+        tmp_path / "checkpoints" / "step-000007", tmp_path / "checkpoints" / "step-2000000.tmp"
     )
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-001000"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-1000000"
     prune_checkpoints(tmp_path, 2)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["step-000090", "step-001000", "step-002000.tmp"]
+    assert left == ["step-1000000", "step-2000000.tmp", "step-999999"]
     prune_checkpoints(tmp_path, 2)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
