@@ -24,7 +24,7 @@ from tiny import untrained_checkpoint
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import runs, training
+from minigrpo import optim, runs, training
 from minigrpo.checkpoint import published
 from minigrpo.data import split_starts
 from minigrpo.double_integrator import DoubleIntegrator
@@ -41,6 +41,7 @@ from minigrpo.runs import (
     to_json,
     write_text,
 )
+from minigrpo.transformer import Transformer
 
 CPU = torch.device("cpu")
 
@@ -1134,6 +1135,24 @@ def test_weights_of_ranks_are_compared_as_often_as_was_told(
     told = ["--steps=5", "--sync-check", every, "--save-dir", str(tmp_path / "run")]
     train_sft.main([*flags.split(), *told])
     assert compared == expected
+
+
+def test_the_optimizer_is_as_was_told_and_only_grpo_has_a_rate_for_the_final_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[object, ...]] = []
+
+    def watched(model: Transformer, *arguments: object) -> object:
+        made.append(arguments)
+        return optim.adamw(model, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "adamw", watched)
+    told = ["--steps=1", "--learning-rate=0.5", "--adam-beta2=0.75", "--weight-decay=0.25"]
+    flags = "--device cpu --horizon 2 --width 8 --num-heads 1 --num-demonstrations 4 --eval-cases 8"
+    train_sft.main([*flags.split(), *told, "--save-dir", str(tmp_path / "sft")])
+    init = ["--init", str(untrained_checkpoint(tmp_path / "init")), "--final-norm-rate=7"]
+    train_grpo.main([*FEW.split(), *told, *init, "--save-dir", str(tmp_path / "grpo")])
+    assert made == [(0.5, (0.9, 0.75), 0.25, rate) for rate in (1.0, 7.0)]
 
 
 def test_supervised_training_counts_the_demonstrations_it_has(
