@@ -372,6 +372,10 @@ def completions_of_run(flags: list[str]) -> dict[tuple[int, int], list[str]]:
 
     def spy(*arguments: object) -> object:
         nonlocal step
+        model = arguments[0]
+        assert isinstance(model, Transformer)
+        is_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert is_sharded == (world_size() > 1 and "fsdp" in flags)
         rollout, experience, seconds = make_rollout(*arguments)  # type: ignore[arg-type]
         for i, place in enumerate(rollout.prompt_places.tolist()):
             group = slice(i * rollout.group_size, (i + 1) * rollout.group_size)
