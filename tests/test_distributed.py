@@ -53,7 +53,7 @@ from minigrpo.optim import adamw
 from minigrpo.rollout import Rollout
 from minigrpo.runs import run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
-from minigrpo.transformer import Transformer, TransformerConfig
+from minigrpo.transformer import Transformer, TransformerConfig, logits
 from minigrpo.update import update_policy
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +102,38 @@ def test_attention_that_is_wrong_on_a_gpu_is_switched_off_there(monkeypatch, cap
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", called.append)
     with process_group("cuda") as device:
         assert device == torch.device("cuda") and called == calls
+
+
+def test_a_rank_has_its_own_gpu_before_anything_is_asked_of_one(monkeypatch) -> None:
+    """And leaves the group unless it failed; without a GPU `auto` is the CPU, and cuda refused."""
+    calls: list[object] = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda gpu: calls.append(gpu) or (9, 0)
+    )
+    dist = distributed.dist
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *given, **named: calls.append((*given, named))
+    )
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
+    own = torch.device("cuda", 1)
+    with process_group("auto") as device:
+        assert device == own
+    begun = [own, own, ("cuda:nccl,cpu:gloo", {"timeout": distributed.TIMEOUT})]
+    assert calls == [*begun, "left"]
+    calls.clear()
+    with pytest.raises(ZeroDivisionError), process_group("cuda"):
+        raise ZeroDivisionError
+    assert calls == begun
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with process_group("auto") as device:
+        assert device == torch.device("cpu")
+    assert calls[3:] == [("gloo", {"timeout": distributed.TIMEOUT}), "left"]
+    with pytest.raises(ValueError, match="got cuda: torch sees no GPU"), process_group("cuda"):
+        pass
 
 
 def test_every_rank_hears_of_all() -> None:
@@ -292,10 +324,11 @@ def test_copies_of_the_weights_that_differ_by_a_bit_are_an_error_on_every_rank()
         assert said == ["equal", f"it differs between ranks {pair}"]
 
 
-def held_numbers() -> list[int]:
+def held_numbers(nodes: int = 1) -> list[int]:
     """How many numbers of the model this rank holds: at first, while sampling, afterwards, and in
     the host's memory when the model is saved."""
     with process_group("cpu") as device:
+        os.environ["LOCAL_WORLD_SIZE"] = str(world_size() // nodes)
         model = make_model()
         place_model(model, model.blocks, device, "fsdp")
 
@@ -303,12 +336,20 @@ def held_numbers() -> list[int]:
             local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
             return sum(parameter.numel() for parameter in local)
 
-        counts = [count()]
+        def in_a_step() -> int:
+            """Between forward and backward."""
+            outputs = model(torch.zeros(1, 2, dtype=torch.int64), None, None, logits)
+            held = count()
+            outputs.sum().backward()
+            return held
+
+        counts, usual = [count()], in_a_step()
         with gathered(model):
             counts.append(count())
+        assert in_a_step() == usual
         saved = collected(model.state_dict().items()).values()
         shards = [p for p in model.parameters() if isinstance(p, DTensor)]
-        assert all(shard.device_mesh.ndim == 1 for shard in shards)  # these ranks are one node
+        assert all(shard.device_mesh.ndim == nodes for shard in shards)
         return [*counts, count(), sum(v.numel() for v in saved if not isinstance(v, DTensor))]
 
 
@@ -320,6 +361,8 @@ def test_a_sharded_model_is_whole_only_while_sampling() -> None:
     assert sum(counts[0] for counts in held) == full and max(held)[0] < 0.6 * full
     assert [counts[2] for counts in held] == [counts[0] for counts in held]
     assert [counts[3] for counts in held] == [full, 0]
+    held = run_ranks(4, held_numbers, 2)  # each of two nodes has a whole one
+    assert sum(counts[0] for counts in held) == 2 * full and max(held)[0] < 0.6 * full
 
 
 def supervised_steps(config: SFTConfig) -> dict[str, object]:
