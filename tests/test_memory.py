@@ -114,6 +114,8 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
         "copied weights": 0,
     }  # fmt: skip
     assert cut.sampling == {**got.sampling, "gathered weights": 4 * parameters}
+    halves = memory_estimate(shape, GRPOConfig(parallel="fsdp"), work, num_ranks=2, ranks_here=2)
+    assert halves.sampling == cut.sampling and halves.update == cut.update
     alone = memory_estimate(shape, GRPOConfig(), replace(work, num_decoded=4)).sampling
     assert alone["prefill"] == prefill - pair * 3 * 4 * 12 > 0
     whole = memory_estimate(shape, GRPOConfig(), replace(work, is_on_cuda=True)).sampling
@@ -161,6 +163,10 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
         repeated = 3 * 11 * 4 * 2 * (4 * 2)
         grouped = memory_estimate(shape, GRPOConfig(), wide).update["activations"]
         assert grouped == 2 * (block + repeated)
+    # Qwen3 keeps q and k before their norms too, in float32.
+    normed = memory_estimate(replace(shape, model_type="qwen3"), half, work).update
+    more = normed["activations"] - memory_estimate(shape, half, work).update["activations"]
+    assert more == 2 * 3 * 11 * 4 * (8 + 4)
     full = replace(shape, num_kv_heads=4)
     plain = memory_estimate(full, GRPOConfig(), replace(alike, rows_per_prompt=1)).update
     assert memory_estimate(full, GRPOConfig(), alike).update["activations"] < plain["activations"]
