@@ -181,13 +181,14 @@ def test_other_spellings_of_a_config_mean_what_they_mean_to_transformers(
         assert largest_difference(ours, theirs(tokens).logits) < 1e-5
 
 
+@pytest.mark.parametrize("num_heads", [3, 1])
 @pytest.mark.parametrize("model_type", CLASSES)
-def test_absent_config_keys_have_the_defaults_of_transformers(model_type):
+def test_absent_config_keys_have_the_defaults_of_transformers(model_type, num_heads):
     needed = {k: SHAPE[k] for k in SHAPE if k not in ("head_dim", "rope_theta")}
-    needed["num_attention_heads"] = 3
+    needed |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), num_heads)
     ours = config_from_json({"model_type": model_type, **needed})
     theirs = CLASSES[model_type][0](**needed)
-    assert ours.head_size == getattr(theirs, "head_dim", 30 // 3)
+    assert ours.head_size == getattr(theirs, "head_dim", 30 // num_heads)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tied_head == theirs.tie_word_embeddings
