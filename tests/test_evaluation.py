@@ -482,6 +482,11 @@ def test_the_best_of_several_tries_is_chosen_start_by_start_with_all_that_belong
     assert all(torch.equal(getattr(again, n), getattr(tries[0], n)) for n in ("states", "controls"))
 
 
+def test_results_of_other_starts_than_the_rewards_are_refused():
+    with pytest.raises(ValueError, match=r"must have shape \[K\]"):
+        results_of([1.0, 2.0], error=float64([0.1]))
+
+
 def test_skipped_mpc_is_null_and_changes_no_other_number():
     starts = STARTS[:5]
     expert = lqr_results(starts, SHORT)
