@@ -190,8 +190,10 @@ def test_every_plan_flies_from_its_own_start_and_starts_can_be_permuted():
     greedy = evaluate_policy(model, starts, TASK, None, seed=0)
     with pytest.raises(ValueError, match="LQR's starts"):
         summarise(greedy, lqr_results(starts[order], TASK))
-    with pytest.raises(ValueError, match="LQR's starts"):
-        paired_difference(expert, lqr_results(starts[order], TASK), expert)
+    moved = lqr_results(starts[order], TASK)
+    for pair in ((expert, moved), (moved, expert)):
+        with pytest.raises(ValueError, match="LQR's starts"):
+            paired_difference(*pair, expert)
 
 
 def test_invalid_text_coasts_and_is_counted_and_nothing_is_dropped():
