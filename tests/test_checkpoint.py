@@ -666,6 +666,16 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_all_ranks_resume_what_rank_0_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that tells late of a rename another rank might find an older one."""
+    of_rank_zero = save(tmp_path / "of rank 0", 2, *make_model())
+    save(tmp_path, 1, *make_model())
+    monkeypatch.setattr(checkpoint, "from_rank_zero", lambda read: of_rank_zero)
+    assert latest_checkpoint(tmp_path) == of_rank_zero
+
+
 def test_a_run_is_not_resumed_with_another_kl_reference(tmp_path: Path) -> None:
     """An SFT folder that was trained again while the run was away looks the same by its path."""
     sft = untrained_checkpoint(tmp_path / "sft")
