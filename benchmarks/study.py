@@ -15,7 +15,7 @@ steps_160/ and seeds_1_2_3/ have today's defaults, the former but for its 160 st
 of the arm steps_600 that was stopped before its end.
 
 Long arms are evaluated on 512 held-out starts; each more_sft_* takes about GRPO's processor time;
-strong starts from twenty times the data. Short arms are runs of 40 steps of 1,024 completions
+strong starts from twenty times the data, stronger from that trained for as long as GRPO takes. Short arms are runs of 40 steps of 1,024 completions
 from the same SFT model; each differs from the arm `short` by the flags
 that the table shows (so the whole softmax is to be compared with the arm of its temperature and
 top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
@@ -129,6 +129,8 @@ LONG_GRPO = {
     "bfloat16": "--precision bfloat16",
     "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} |",
+    # From what more_sft_strong published: its flags.
+    "stronger": "--steps 16000 --eval-every 400 --save-every 4000 --num-demonstrations 20000 |",
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
 LONG_ARMS = (*LONG_GRPO, *SFT_ALONE, *(f"more_sft_{rate}" for rate in MORE_SFT))
@@ -266,6 +268,7 @@ def main_table() -> str:
         ("strong", "sft", "SFT on 20,000 demonstrations"),
         ("strong", "grpo", "GRPO from there"),
         ("strong_again", "grpo", "140 more steps of it"),
+        ("stronger", "grpo", "GRPO from 16,000 steps of SFT on 20,000"),
     ):
         for mode in ("greedy", "sampled") if records_of(name) else ():
             summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]
