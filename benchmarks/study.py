@@ -15,10 +15,11 @@ steps_160/ and seeds_1_2_3/ have today's defaults, the former but for its 160 st
 of the arm steps_600 that was stopped before its end.
 
 Long arms are evaluated on 512 held-out starts; each more_sft_* takes about GRPO's processor time;
-strong starts from twenty times the data, stronger from that trained for as long as GRPO takes. Short arms are runs of 40 steps of 1,024 completions
-from the same SFT model; each differs from the arm `short` by the flags
-that the table shows (so the whole softmax is to be compared with the arm of its temperature and
-top-p), on 256 validation starts: `short` with several seeds says how much of a difference is noise.
+strong starts from twenty times the data, stronger from that trained for as long as GRPO takes.
+Short arms are runs of 40 steps of 1,024 completions from the same SFT model; each differs from the
+arm `short` by the flags that the table shows (so the whole softmax is to be compared with the arm
+of its temperature and top-p), on 256 validation starts: `short` with several seeds says how much of
+a difference is noise.
 Runs go to --work-dir and resume when the study is started again; each finished one leaves a small
 JSON file in benchmarks/results/ with its flags, commit, seconds, learning curve and numbers.
 An arm that has its file is not run again. Seed 0 is where settings were chosen; seeds 1 and 2 had a
