@@ -62,7 +62,7 @@ CURVE = (
 )
 SHORT = "--steps 40 --prompts-per-step 256 --save-every 40 --eval-every 20"
 # The processor time of the 200 GRPO steps of `default`: 1,600 s of a Xeon with AVX-512.
-MORE_SFT_STEPS = 16_000
+MORE_SFT_STEPS = "--steps 16000 --eval-every 400 --save-every 4000"
 MORE_SFT = {
     "1e-3": "--learning-rate 1e-3",
     "2e-3": "--learning-rate 2e-3",
@@ -130,8 +130,7 @@ LONG_GRPO = {
     "bfloat16": "--precision bfloat16",
     "clean": "--demonstration-noise 0 |",
     "strong": f"{STRONG} |",
-    # From what more_sft_strong published: its flags.
-    "stronger": "--steps 16000 --eval-every 400 --save-every 4000 --num-demonstrations 20000 |",
+    "stronger": f"{MORE_SFT_STEPS} {MORE_SFT['strong']} |",  # from what more_sft_strong published
     "strong_again": f"{STRONG} | --steps 140",  # from what strong published
 }
 LONG_ARMS = (*LONG_GRPO, *SFT_ALONE, *(f"more_sft_{rate}" for rate in MORE_SFT))
@@ -189,8 +188,7 @@ def run_arm(name: str, seed: int, work_dir: Path) -> None:
     if name in SFT_ALONE or name.startswith("more_sft"):
         flags = SFT_ALONE.get(name, "").split()
         if name not in SFT_ALONE:
-            flags = ["--steps", str(MORE_SFT_STEPS), "--eval-every", "400", "--save-every", "4000"]
-            flags += MORE_SFT[name.removeprefix("more_sft_")].split()
+            flags = f"{MORE_SFT_STEPS} {MORE_SFT[name.removeprefix('more_sft_')]}".split()
         folder = trained_sft(flags, seed, work_dir)
         record["flags"] = " ".join(flags)
         record["report"] = evaluated(folder, None, "evaluation", [])

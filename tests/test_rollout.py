@@ -561,6 +561,10 @@ def test_choices_without_credit_for_each_token_and_texts_of_other_tokens_are_ref
         replace(rollout, advantages=rollout.rewards)
     with pytest.raises(ValueError, match=r"advantages must have shape \[N\] with N=15"):
         replace(rollout, credit=None)
+    credit = rollout.credit
+    for name in ("unit", "mean_offsets"):
+        with pytest.raises(ValueError, match=r"must have shape \[N.* with .*N=(3|15).*, got"):
+            replace(credit, **{name: getattr(credit, name)[:3]})
     parsed = replace(experience.parsed, is_valid=~experience.parsed.is_valid)
     with pytest.raises(ValueError, match="must agree on what is well-formed"):
         choices_of(replace(experience, parsed=parsed), VOCAB, TASK, config, final_distance)
