@@ -240,6 +240,12 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ({', '.join(f'{v:{form}}' for v in values)})"
 
 
+def seeds_of(records: list[dict]) -> str:  # type: ignore[type-arg]
+    """Which they are of, where not of all three."""
+    seeds = [str(one["seed"]) for one in records]
+    return "" if len(seeds) == 3 else f" (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})"
+
+
 def main_table() -> str:
     """Policies on the held-out starts: mean over seeds, each seed in brackets."""
     found = records_of("default")
@@ -259,8 +265,9 @@ def main_table() -> str:
         rows.append((title, [one["report"]["policies"][policy][mode] for one in found]))
     cold = [one["sft_temperature_0.5"]["policies"]["sft"]["sampled"] for one in found]
     rows.append(("SFT, sampled at temperature 0.5", cold))
+    more = [(f"more_sft_{key}", flags) for key, flags in MORE_SFT.items()]
     for name, policy, title in (
-        ("default_again", "grpo", "200 more steps of it at half the rate"),
+        ("default_again", "grpo", "GRPO, 200 more steps at half the rate"),
         ("default_completion", "grpo", "GRPO with one advantage a completion"),
         ("steps_600", "grpo", "GRPO in 600 steps, the rate falling over 500"),
         ("bfloat16", "grpo", "GRPO in bfloat16"),
@@ -268,19 +275,13 @@ def main_table() -> str:
         ("strong", "grpo", "GRPO from there"),
         ("strong_again", "grpo", "140 more steps of it"),
         ("stronger", "grpo", "GRPO from 16,000 steps of SFT on 20,000"),
+        *((name, "sft", f"SFT, {flags.removeprefix('--')}") for name, flags in SFT_ALONE.items()),
+        *((name, "sft", f"SFT, 16,000 steps, {flags.removeprefix('--')}") for name, flags in more),
     ):
-        for mode in ("greedy", "sampled") if records_of(name) else ():
-            summaries = [one["report"]["policies"][policy][mode] for one in records_of(name)]
-            rows.append((f"{title}, {mode}", summaries))
-    for name, flags in SFT_ALONE.items():
-        for mode in ("greedy", "sampled") if records_of(name) else ():
-            summaries = [one["report"]["policies"]["sft"][mode] for one in records_of(name)]
-            rows.append((f"SFT with {flags.removeprefix('--')}, {mode}", summaries))
-    for rate in MORE_SFT:
-        more = records_of(f"more_sft_{rate}")
-        for mode in ("greedy", "sampled") if more else ():
-            summaries = [one["report"]["policies"]["sft"][mode] for one in more]
-            rows.append((f"more SFT, {MORE_SFT[rate].removeprefix('--')}, {mode}", summaries))
+        records = records_of(name)
+        for mode in ("greedy", "sampled") if records else ():
+            summaries = [one["report"]["policies"][policy][mode] for one in records]
+            rows.append((f"{title}{seeds_of(records)}, {mode}", summaries))
     lines = [
         "| policy | reward | final error | cost / LQR's | valid |",
         "|---|---|---|---|---|",

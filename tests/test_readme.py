@@ -229,7 +229,14 @@ def results_of(arm: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("arm", "policy"), [("default", "sft"), ("default", "grpo"), ("default_completion", "grpo")]
+    ("arm", "policy"),
+    [
+        ("default", "sft"),
+        ("default", "grpo"),
+        ("default_completion", "grpo"),
+        ("strong", "sft"),
+        ("strong", "grpo"),
+    ],
 )
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
 def test_the_headline_is_what_the_raw_files_hold(arm: str, policy: str, mode: str) -> None:
@@ -268,3 +275,11 @@ def test_the_intervals_are_what_the_raw_files_hold(mode: str) -> None:
             f"| {found['gap_closed']:.0%} [{least:.0%}, {most:.0%}] |"
         )
         assert row in TEXTS[README]
+
+
+def test_the_table_of_the_study_is_what_its_raw_files_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module("study").main_table().splitlines()
+    rows = [line for line in table if line.startswith("| ")]
+    assert len(rows) > 25
+    assert "\n".join(rows[1:]) in TEXTS[ROOT / "docs" / "results.md"]
