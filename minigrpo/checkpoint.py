@@ -46,7 +46,13 @@ from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec, wording
 from minigrpo.rollout import Rollout
 from minigrpo.runs import on_rank_zero, printable
-from minigrpo.tokenizer import encode_completion, encode_prompt, load_tokenizer, pad_id
+from minigrpo.tokenizer import (
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    pad_id,
+    save_tokenizer,
+)
 from minigrpo.transformer import Transformer, TransformerConfig
 
 SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
@@ -65,6 +71,8 @@ class Manifest:
     codec: Codec
     config: dict[str, Value]  # resolved settings of the run
     sources: dict[str, str]  # where each of them came from
+    # Of the start at rest at the origin: chat template and tokenizer have a say too.
+    prompt_tokens: list[int] | None = None  # None: an earlier version did not keep them
 
     @classmethod
     def of_run(
@@ -72,7 +80,8 @@ class Manifest:
     ) -> Manifest:
         """That of a model which a run with these settings trains for this task."""
         settings = vars(resolved.config).copy()
-        return cls(stage, preset, task.plant, task.cost, task.codec, settings, resolved.sources)
+        task_parts = task.plant, task.cost, task.codec
+        return cls(stage, preset, *task_parts, settings, resolved.sources, origin_prompt(task))
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"wording": wording(self.plant, self.codec)}
@@ -83,7 +92,9 @@ class Manifest:
 
         So is a model that was trained on prompts in other words than today's.
         """
-        found = _checked_keys(values, {item.name for item in fields(cls)} | {"wording"}, "manifest")
+        wanted = {item.name for item in fields(cls)} | {"wording"}
+        earlier = {"prompt_tokens": None} | typed(dict, values, "manifest")
+        found = _checked_keys(earlier, wanted, "manifest")
         presets = sorted({name for name, _ in PRESETS}, reverse=True)
         for name, known in (("stage", ["sft", "grpo"]), ("preset", presets)):
             if found[name] not in known:
@@ -101,6 +112,12 @@ class Manifest:
                 "train again, or use the commit in its provenance.json"
             )
         return manifest
+
+
+def origin_prompt(task: Task) -> list[int]:
+    """Tokens of the prompt of the start at rest at the origin."""
+    state = torch.zeros(2, dtype=torch.float64)
+    return encode_prompt(task.tokenizer, state, task.plant, task.codec)
 
 
 def differing(wanted: Manifest, got: Manifest, names: Sequence[str]) -> str:
@@ -178,6 +195,12 @@ def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
         task = make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    if manifest.prompt_tokens not in (None, origin_prompt(task)):
+        raise ValueError(
+            f"{folder}: a prompt must have the tokens that it had in training, got others: its "
+            "tokenizer or chat template was changed, or is read differently by another version of "
+            "transformers (provenance.json has that of the training)"
+        )
     return shape, task, manifest
 
 
@@ -457,7 +480,7 @@ def _write_model(
     }
     for name, record in {"minigrpo": manifest.to_json(), "generation_config": generation}.items():
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    task.tokenizer.save_pretrained(folder)
+    save_tokenizer(task.tokenizer, folder)
     save_transformer(model, folder, weights, metadata)
 
 

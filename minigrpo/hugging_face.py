@@ -48,7 +48,8 @@ INERT_KEYS = {
     "max_window_layers", "output_attentions", "output_hidden_states", "return_dict",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_encoder_decoder",
     "_name_or_path", "pretraining_tp", "is_llama_config", "transformers.js_config",
-    "attention_dropout", "unk_token_id", "_model_name_or_path",
+    "attention_dropout", "unk_token_id", "_model_name_or_path", "_attn_implementation_autoset",
+    "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 # Keys that would change the forward, and the one value of each that does not.
 FIXED_KEYS: dict[str, object] = {
@@ -57,6 +58,7 @@ FIXED_KEYS: dict[str, object] = {
     "mlp_bias": False,
     "use_sliding_window": False,
     "rope_interleaved": False,
+    "use_mrope": False,  # in the base models of Qwen2.5 and the distilled ones of DeepSeek-R1
 }
 
 
@@ -87,15 +89,20 @@ def config_from_json(values: dict[str, object]) -> TransformerConfig:
 
 
 def config_to_json(config: TransformerConfig) -> dict[str, object]:
-    """The config.json that transformers reads back as the same model."""
-    rope: dict[str, object] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_stretch is not None:
-        rope |= {"rope_type": "llama3"} | asdict(config.rope_stretch)
+    """The config.json that transformers reads back as the same model.
+
+    Its versions before 5 look for `rope_theta` and `rope_scaling`, and without them take defaults:
+    another model.
+    """
+    stretch = config.rope_stretch
+    scaling = {} if stretch is None else {"rope_type": "llama3"} | asdict(stretch)
     return {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
         **{key: getattr(config, ours) for ours, key in JSON_NAMES.items()},
-        "rope_parameters": rope,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+        "rope_theta": config.rope_theta,
+        **({"rope_scaling": scaling} if scaling else {}),
         "hidden_act": "silu",
         "max_position_embeddings": 32_768,
         "dtype": "float32",

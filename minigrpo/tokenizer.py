@@ -7,6 +7,7 @@ Sampled ids are never decoded and encoded again.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -59,13 +60,16 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face folder, never its code.
 
+    tokenizer.json is taken as it is: from its parts transformers' classes of some families build
+    another one (Llama 2, and in 5.17 the distilled Llamas of DeepSeek-R1).
     ValueError: none, no EOS, or more tokens than the model beside it has rows.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         # for some families transformers would make an empty one
         raise ValueError(f"{folder} must hold a tokenizer, tokenizer.json, found none")
+    is_whole = (folder / "tokenizer.json").is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = (PreTrainedTokenizerFast if is_whole else AutoTokenizer).from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers raises nothing narrower for a foreign file
@@ -84,6 +88,14 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write it under the name of a class that AutoTokenizer of transformers 4 knows as well."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """What fills rows up; EOS if there is no pad token, harmless as masks come from positions."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -92,7 +104,11 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerFast, state: Tensor, plant: DoubleIntegrator, codec: Codec
 ) -> list[int]:
-    """Ids of the prompt for one initial state [2]: plain text, or the chat template for `words`."""
+    """Ids of the prompt for one initial state [2]: plain text, or the chat template for `words`.
+
+    The answer is no thought: models that can think are told not to, and of one that always does the
+    thought is closed, empty.
+    """
     text = prompt_text(state, plant, codec)
     if codec.style == "numbers":
         ids = list(tokenizer.encode(text, add_special_tokens=False))
@@ -109,13 +125,19 @@ def encode_prompt(
         # The templates of Llama 3 print it, or today's: a prompt must be the same on all days.
         chat = str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string="26 Jul 2024",
+                enable_thinking=False,  # Qwen3
             )
         )
     except Exception as error:  # a foreign template may raise anything
         raise ValueError(
             f"the chat template must take a system and a user message, got {error!r}"
         ) from error
+    if chat.endswith("<think>\n"):  # DeepSeek-R1, Qwen3-Thinking
+        chat += "\n</think>\n\n"
     if not all(message["content"] in chat for message in messages):
         raise ValueError(f"the chat template must keep both messages as they are, got {chat!r}")
     return list(tokenizer.encode(chat, add_special_tokens=False))

@@ -31,6 +31,7 @@ from minigrpo.checkpoint import (
     load_manifest,
     load_model,
     load_trainer,
+    origin_prompt,
     prune_checkpoints,
     publish_model,
     published,
@@ -581,6 +582,21 @@ def test_a_foreign_manifest_is_refused_by_the_name_of_what_is_wrong(
     with pytest.raises(ValueError) as caught:
         load_manifest(tmp_path)
     assert str(caught.value) == f"{tmp_path / 'minigrpo.json'}: {message}"
+
+
+def test_a_prompt_of_other_tokens_than_in_training_is_refused(tmp_path: Path) -> None:
+    manifest = replace(MANIFEST, prompt_tokens=origin_prompt(TASK))
+    publish_model(tmp_path, make_model()[0], TASK, manifest, 1, 1.0)
+    assert load_model(tmp_path)[2] == manifest
+    path = tmp_path / "minigrpo.json"
+    saved = json.loads(path.read_text())
+    saved["prompt_tokens"] = saved["prompt_tokens"][1:]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="must have the tokens that it had in training"):
+        load_model(tmp_path)
+    del saved["prompt_tokens"]  # as an earlier version wrote it
+    path.write_text(json.dumps(saved))
+    assert load_model(tmp_path)[2] == MANIFEST
 
 
 def test_what_is_no_model_folder_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:

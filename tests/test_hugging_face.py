@@ -212,6 +212,7 @@ def config_of(base: str, **changes: object) -> dict[str, object]:
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved"),
+        ("qwen2", {"use_mrope": True}, "use_mrope = True"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4}, "use_sliding_window"),
@@ -243,6 +244,22 @@ def config_of(base: str, **changes: object) -> dict[str, object]:
 def test_a_config_key_is_used_inert_or_an_error(model_type, changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_json(config_of(model_type, **changes))
+
+
+@pytest.mark.parametrize(
+    "model_type, values",
+    [
+        ("qwen2", {"use_mrope": False}),  # Qwen2.5-0.5B, DeepSeek-R1-Distill-Qwen
+        ("llama", {"unsloth_fixed": True, "unsloth_version": "2025.1"}),
+        ("qwen3", {"_attn_implementation_autoset": True}),
+        ("llama", {"is_llama_config": True, "rope_interleaved": False}),  # SmolLM2
+        ("llama", {"pretraining_tp": 1, "mlp_bias": False, "rope_scaling": None}),  # Llama 3
+    ],
+)
+def test_keys_of_published_configs_that_say_nothing_are_accepted(model_type, values):
+    assert config_from_json(config_of(model_type, **values)) == config_from_json(
+        config_of(model_type)
+    )
 
 
 def test_a_model_may_have_a_thousand_layers():
@@ -427,6 +444,17 @@ def test_the_stretch_of_llama3_is_kept_in_the_config():
     assert config_from_json(config_to_json(config)) == config
 
 
+@pytest.mark.parametrize("stretch", [None, RopeStretch(7.0, 1.0, 3.0, 19)])
+def test_a_config_says_how_positions_turn_in_the_words_of_transformers_4_as_well(stretch):
+    """It knows no rope_parameters and would turn at its default speed, without a word."""
+    config = our_model("llama", rope_theta=500.0, rope_stretch=stretch).config
+    both = config_to_json(config)
+    assert both["rope_theta"] == 500.0
+    assert both.get("rope_scaling") == (stretch and {"rope_type": "llama3"} | vars(stretch))
+    for key in ("rope_parameters", "rope_scaling"):
+        assert config_from_json({k: v for k, v in both.items() if k != key}) == config
+
+
 def test_the_length_that_frequencies_are_stretched_from_is_a_whole_number():
     """transformers warns of 19.0 each time it loads a folder."""
     stretch = RopeStretch(7.0, 1.0, 3.0, 19)
@@ -435,6 +463,7 @@ def test_the_length_that_frequencies_are_stretched_from_is_a_whole_number():
     )
     rope = written["rope_parameters"]
     assert type(rope["original_max_position_embeddings"]) is int
+    assert type(written.pop("rope_scaling")["original_max_position_embeddings"]) is int
     rope["original_max_position_embeddings"] = 19.0  # as earlier versions wrote it
     read = config_from_json(written).rope_stretch
     assert read == stretch and type(read.original_max_position_embeddings) is int

@@ -138,6 +138,10 @@ def test_the_evaluation_takes_codec_and_prompt_from_the_checkpoint(
         load_model(sft)
     manifest["wording"] = wording(DoubleIntegrator(**manifest["plant"]), Codec("numbers"))
     (sft / "minigrpo.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="a prompt must have the tokens that it had in training"):
+        load_model(sft)
+    del manifest["prompt_tokens"]
+    (sft / "minigrpo.json").write_text(json.dumps(manifest))
     assert load_model(sft)[1].codec.style == "numbers"  # nothing but the manifest decides
 
 

@@ -23,6 +23,7 @@ from minigrpo.tokenizer import (
     number_features,
     number_tokenizer,
     pad_id,
+    save_tokenizer,
     token_values,
 )
 from minigrpo.transformer import Transformer, TransformerConfig
@@ -211,6 +212,23 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_conversation():
     assert tokenizer.decode(conversation[len(ids) :]) == "\n"  # the template's, after the answer
 
 
+THINKS = "{% if not (enable_thinking is defined and not enable_thinking) %}{{ 'HM' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        (f"assistant\n{THINKS}<think>\n\n</think>\n\n", "assistant\n<think>\n\n</think>\n\n"),
+        ("assistant\n<think>\n", "assistant\n<think>\n\n</think>\n\n"),
+        ("assistant\n", "assistant\n"),
+    ],
+)
+def test_the_answer_of_a_model_that_can_think_is_no_thought(end, expected):
+    tokenizer = chat_tokenizer(CHAT_ML.replace("assistant\n", end))
+    text = tokenizer.decode(encode_prompt(tokenizer, STARTS[0], PLANT, WORDS))
+    assert text.endswith(f"<|im_end|>\n<|im_start|>{expected}")
+
+
 def test_without_a_chat_template_system_and_question_are_two_lines_after_bos():
     tokenizer = chat_tokenizer(template=None)
     ids = encode_prompt(tokenizer, STARTS[0], PLANT, WORDS)
@@ -245,6 +263,29 @@ def test_a_chat_tokenizer_survives_the_folder(tmp_path):
     for start in STARTS:
         ids = encode_prompt(again, start, PLANT, WORDS)
         assert ids == encode_prompt(tokenizer, start, PLANT, WORDS)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_the_tokenizer_is_its_file_whatever_class_is_named_beside_it(name, tmp_path):
+    """transformers builds one of a class from parts of the file: Llama's would lose spaces here."""
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
+    again, raw = load_tokenizer(tmp_path, 10_000), Tokenizer.from_file(f"{tmp_path}/tokenizer.json")
+    for text in (system_text(PLANT, WORDS), "<|im_start|> 1.5, -0.25", "  a\n b"):
+        assert again.encode(text) == raw.encode(text).ids == tokenizer.encode(text)
+
+
+def test_what_we_save_names_a_class_that_earlier_transformers_know(tmp_path):
+    tokenizer = chat_tokenizer()
+    save_tokenizer(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 10_000)):
+        for start in STARTS:
+            ids = encode_prompt(tokenizer, start, PLANT, WORDS)
+            assert encode_prompt(again, start, PLANT, WORDS) == ids
 
 
 def padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
