@@ -159,14 +159,17 @@ def receding_horizon(
     A prompt can only state numbers on the grid of the starts, so the model sees the state rounded
     to it (and clamped to +-control_bound, the largest number the number tokenizer has); the plant
     keeps the true state. An invalid text applies zero control at its step and is counted; the
-    reward is that of the trajectory flown. Equal prompts are decoded once.
+    reward is that of the trajectory flown. Equal prompts are decoded once; on a GPU each is, for
+    another number of rows would have its kernels launched one by one or recorded anew.
     """
     plant, bound = task.plant, task.plant.control_bound
     state = rearrange(starts.double(), "k c -> c k")  # [2, K]
     written, invalid = [], []
     for _ in progress(range(plant.horizon)):
         seen = state.clamp(-bound, bound).round(decimals=plant.start_decimals)
-        distinct, place = torch.unique(rearrange(seen, "c k -> k c"), dim=0, return_inverse=True)
+        distinct, place = rearrange(seen, "c k -> k c"), torch.arange(len(starts))
+        if not model.embed.weight.is_cuda:
+            distinct, place = torch.unique(distinct, dim=0, return_inverse=True)
         parsed = _plan(model, distinct, task, UNTRUNCATED, None, rows_per_batch)
         written.append(parsed.controls[place, 0])  # [K], zero where invalid
         invalid.append(~parsed.is_valid[place])

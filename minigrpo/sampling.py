@@ -73,7 +73,7 @@ def sample_completions(
 
     Prompts are left-padded; a mask of None: not at all. `uniforms` [N, max_length] in [0, 1) decide
     every draw (None: greedy), so equal ones give equal tokens however the rows are batched; C is
-    the longest completion.
+    the longest completion, or more on a GPU and where functions are compiled.
     Whole groups are decoded, at most `rows_per_batch` rows at a time, which bounds the cache; all
     batches have one size, that of the same recorded graphs, for which the last may begin with
     prompts of the one before.
@@ -101,8 +101,11 @@ def sample_completions(
         decoded = _decoder(model, batch).decode(model, tokens, mask, drawn, acting.temperature)
         batches.append([part[(wanted - start) * group_size :] for part in decoded])
     ended, *columns = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    # Fused functions are compiled for each shape, so there it stays the same.
-    longest = length if model.is_fused else int(columns[0].sum(dim=1).max())
+    longest = int(columns[0].sum(dim=1).max())
+    if model.is_fused:  # functions are compiled for each shape
+        longest = length
+    elif prompt_tokens.is_cuda:  # cuDNN plans attention in bfloat16 for each: few shapes
+        longest = min(length, math.ceil(longest / LENGTHS_ON_CUDA) * LENGTHS_ON_CUDA)
     mask, tokens, logprobs, kept_mass, is_capped, support = (x[:, :longest] for x in columns)
     if bool(logprobs.isnan().any()):
         raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
@@ -139,6 +142,7 @@ class _Kept:
     copies: dict[tuple[torch.dtype, torch.device], Transformer] = field(default_factory=dict)
 
 
+LENGTHS_ON_CUDA = 32  # completions are as long as a multiple of it
 MAX_DECODERS = 4  # training, greedy and sampled validation, one to spare
 _KEPT: WeakKeyDictionary[Transformer, _Kept] = WeakKeyDictionary()
 
@@ -323,6 +327,7 @@ def _copy_for_decoding(model: Transformer, dtype: torch.dtype) -> Transformer:
 def _renew(copied: Transformer, model: Transformer) -> None:
     """Give the copy the model's weights of now; a tied head that it has apart is the embedding."""
     own = dict(model.named_parameters())
-    targets = dict(copied.named_parameters())
-    sources = [own.get(name, model.embed.weight) for name in targets]
-    torch._foreach_copy_(list(targets.values()), sources)
+    pairs = [(to, own.get(name, model.embed.weight)) for name, to in copied.named_parameters()]
+    for dtype in {to.dtype for to, _ in pairs}:  # mixed ones would be copied one by one
+        targets, sources = zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+        torch._foreach_copy_(targets, sources)

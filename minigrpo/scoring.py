@@ -130,6 +130,7 @@ def in_chunks(
             head_weight,
             *(None if column is None else column[:, i : i + step] for column in columns),
             use_reentrant=False,
+            preserve_rng_state=False,  # nothing is drawn
         )
         for i in range(0, hidden.shape[1], step)
     ]

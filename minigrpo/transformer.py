@@ -478,7 +478,11 @@ class Transformer(nn.Module):
         new = NewTokens(cos, sin, bias, is_causal, self.is_fused, shared)
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
-                hidden = checkpoint(block, hidden, new, None, layer, use_reentrant=False)
+                hidden = checkpoint(
+                    *(block, hidden, new, None, layer),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn
+                )
             else:
                 hidden = block(hidden, new, cache, layer)
         if cache is not None:

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import train_grpo
-from minigrpo import sampling, scoring, transformer
+from minigrpo import evaluation, sampling, scoring, transformer
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
 from minigrpo.data import split_starts
-from minigrpo.evaluation import validation_metrics
+from minigrpo.evaluation import receding_horizon, validation_metrics
 from minigrpo.policy import ActingPolicy
+from minigrpo.prompts import ParsedControls
 from minigrpo.rollout import act, make_rollout, rollout_metrics
 from minigrpo.sampling import StopRule, _Batch, _Decoder, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
@@ -75,6 +76,49 @@ def test_recorded_decoding_waits_for_nobody_and_draws_what_the_cpu_draws(
     assert len(num_graphs) == recorded > 0
     # Is there padding, is any row alive before each graph, is all finite, how long and wide is it?
     assert len(gpu.looks) <= 1 + 3 + 3
+
+
+def test_completions_on_a_gpu_have_few_lengths(gpu, monkeypatch):
+    """So that attention is planned for few; the columns beyond the longest are masked."""
+    monkeypatch.setattr(sampling, "LENGTHS_ON_CUDA", 5)
+    model = Transformer(TransformerConfig("qwen2", 61, 16, 24, 1, 4, 2, 4))
+    initialise(model, torch.Generator().manual_seed(3))
+    prompts, lengths = torch.full((2, 5), 3), set()
+    for seed in range(9):
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(4, LENGTH, generator=generator, dtype=torch.float64)
+        rest = 2, ActingPolicy(1.0, 1.0), StopRule(tuple(range(20)), 0, LENGTH)
+        here = sample_completions(model, prompts, None, *rest, uniforms)
+        with gpu:
+            theirs = placed(deepcopy(model))
+            there = sample_completions(theirs, OnDevice(prompts), None, *rest, OnDevice(uniforms))
+        longest = here.tokens.shape[1]
+        lengths.add((longest, there.tokens.shape[1]))
+        assert torch.equal(there.tokens.held[:, :longest], here.tokens)
+        assert torch.equal(there.mask.held[:, :longest], here.mask)
+        assert not there.mask.held[:, longest:].any()
+    assert len({longest for longest, _ in lengths}) > 3
+    assert all(width == min(-(-longest // 5) * 5, LENGTH) for longest, width in lengths)
+
+
+def test_receding_horizon_plans_as_many_rows_at_each_step_on_a_gpu(gpu, monkeypatch, tmp_path):
+    task = load_task(untrained_checkpoint(tmp_path / "init"))[1]
+    seen: list[int] = []
+
+    def plan(model, starts, *_):
+        seen.append(len(starts))
+        controls = starts.sum(dim=1, keepdim=True).expand(-1, task.plant.horizon) * -0.5
+        return ParsedControls(controls, torch.ones(len(starts), dtype=torch.bool))
+
+    monkeypatch.setattr(evaluation, "_plan", plan)
+    model = Transformer(TransformerConfig("qwen2", 61, 16, 24, 1, 4, 2, 4))
+    starts = torch.tensor([[0.5, 0.1], [0.5, 0.1], [-0.3, 0.2]], dtype=torch.float64)
+    here = receding_horizon(model, starts, task)
+    assert seen == [2] * task.plant.horizon
+    with gpu:
+        there = receding_horizon(placed(deepcopy(model)), starts, task)
+    assert seen[task.plant.horizon :] == [3] * task.plant.horizon
+    assert torch.equal(there.states, here.states)
 
 
 def test_no_length_of_the_cache_is_recorded_that_did_not_run_before(gpu, monkeypatch):
