@@ -149,7 +149,9 @@ def make_folder(folder: Path) -> None:
 def _take_lock(lock: Path) -> None:
     """Create the lock; take it over from a dead owner and from this Slurm job before a requeue.
 
-    Not from the same attempt of the job: on another of its nodes that may be at work.
+    Not from the same attempt of the job: on another of its nodes that may be at work. An attempt
+    before it is dead, even if a process has its id: Slurm ends all of one on its nodes before it
+    starts the next. A node that Slurm could not reach may still be at work; nobody here can tell.
     """
     attempt = _slurm_attempt()
     owner = {"job": attempt, "pid": os.getpid(), "host": HOST}
@@ -164,7 +166,7 @@ def _take_lock(lock: Path) -> None:
         is_alive = on_this_host and _is_alive(int(other["pid"]))
         job = other["job"].partition(".")[0]
         is_requeued = bool(job) and attempt.startswith(f"{job}.") and attempt != other["job"]
-        if is_alive or not (on_this_host or is_requeued):
+        if not is_requeued and (is_alive or not on_this_host):
             name = f"process {other['pid']} on {other['host']}, job {other['job'] or 'none'}"
             raise ValueError(f"{lock.parent} is in use by {name}; delete {lock} if not") from None
         _replace_lock(lock, ours, other)

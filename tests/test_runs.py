@@ -253,6 +253,7 @@ def test_a_folder_in_use_is_refused_with_its_owner(tmp_path: Path) -> None:
     [
         (HOST, "", False, True),  # crashed here
         (HOST, "17", False, True),  # another job, crashed here
+        (HOST, "18.0", True, True),  # our job before it was requeued; the id is in use again
         (HOST, "18.1", True, False),  # our job, and at work
         ("elsewhere", "", False, False),  # nobody here can tell
         ("elsewhere", "17", False, False),  # another job
