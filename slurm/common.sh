@@ -30,16 +30,30 @@ head_node=${nodes[0]:?no node list}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 ((nproc > 0)) || nproc=1 # without GPUs Slurm may say 0 of them
-threads=$((SLURM_CPUS_ON_NODE / nproc))
+cpus=$SLURM_CPUS_ON_NODE
+counts=${SLURM_JOB_CPUS_PER_NODE:-$cpus} # as 64(x2),48: with --exclusive nodes may differ
+for count in ${counts//,/ }; do
+    count=${count%%'('*}
+    cpus=$((count < cpus ? count : cpus))
+done
+threads=$((cpus / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 if ((threads == 0)); then
-    echo "warning: $nproc ranks share $SLURM_CPUS_ON_NODE CPU(s): sbatch --cpus-per-gpu=8" >&2
+    echo "warning: $nproc ranks share $cpus CPU(s): sbatch --cpus-per-gpu=8" >&2
 fi
 # After SIGTERM torchrun would kill ranks that are still saving after 30 s, whatever Slurm grants.
 # torch 2.11 does in any case.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# srun takes options from the environment. After sbatch --export=NONE the ranks would get none of it,
+# PATH included. What is left of a job in which sbatch was called, and the batch scripts'
+# --gpus-per-node=1 beside --gres=gpu:4 or --exclusive, would give them less than the job has, or
+# fail it. So they are told: one task a node, with all that the job has there.
+unset SLURM_CPU_BIND SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_GPUS SLURM_GPUS_PER_NODE \
+    SLURM_GPUS_PER_TASK SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_GPU \
+    SLURM_TRES_PER_TASK
+export SLURM_EXPORT_ENV=ALL SRUN_CPUS_PER_TASK=$cpus
+((${SLURM_GPUS_ON_NODE:-0} == 0)) || export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
 
 member='' seed=() # of an array: this task's folder below the others', and its flag
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
@@ -51,7 +65,8 @@ ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a 
     # Ranks meet at the address that torchrun has for its own node; left alone it takes the full
     # name of the host, which may be localhost. bash runs on each node, where the name is known.
     # shellcheck disable=SC2016
-    srun --kill-on-bad-exit=1 ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} \
+    srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+        ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} \
         bash -c 'PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-$SLURMD_NODENAME} exec "$@"' ranks torchrun \
         --nnodes="$SLURM_NNODES" --nproc-per-node="$nproc" --rdzv-backend=c10d \
         --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"

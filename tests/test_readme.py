@@ -40,6 +40,7 @@ BENCHMARKS = ("bench.py", "study.py")
 FOREIGN_FLAGS = {
     "--nproc-per-node", "--standalone", "--account", "--nodes", "--gpus-per-node", "--array",
     "--cpus-per-gpu", "--cpus-per-task", "--output", "--signal", "--dry-run",
+    "--exclusive", "--export", "--gres",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import config_from_args, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = f"set -euo pipefail; root={shlex.quote(str(ROOT))}; source slurm/common.sh"
@@ -36,6 +37,36 @@ def test_a_site_script_that_is_missing_or_fails_is_named(tmp_path: Path) -> None
     assert fine.stdout == "\nfine\n" and "env.sh failed" not in fine.stderr
 
 
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """The environment of a batch script: $RANKS stands for srun.
+
+    What srun is given lies in `given` and `environ`.
+    """
+    programs, run = tmp_path / "bin", tmp_path / "a run"
+    programs.mkdir()
+    run.mkdir()
+    bodies = {
+        "srun": 'printf "%s\\0" "$@" > given; env -0 > environ; eval "$RANKS"',
+        "scontrol": "echo node0",
+        "squeue": "",
+    }
+    for name, body in bodies.items():
+        (programs / name).write_text(f"#!/bin/bash\ncd {shlex.quote(str(tmp_path))}\n{body}\n")
+        (programs / name).chmod(0o755)
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    return {
+        "PATH": path, "RUN_DIR": str(run), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NAME": "grpo", "SLURM_CPUS_ON_NODE": "2",
+        "MINIGRPO_ENV": "/dev/null", "MINIGRPO_ROOT": str(ROOT), "RANKS": "",
+    }  # fmt: skip
+
+
+def submitted(stage: str, env: dict[str, str]) -> int:
+    command = ["/bin/bash", f"slurm/{stage}.sbatch", "--model-path", "x"]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
+
+
 @pytest.mark.parametrize(
     ("trainer", "code", "left"),
     [
@@ -47,27 +78,43 @@ def test_a_site_script_that_is_missing_or_fails_is_named(tmp_path: Path) -> None
     ],
 )
 def test_a_job_ends_as_its_own_attempt_did(
-    trainer: str, code: int, left: str, tmp_path: Path
+    trainer: str, code: int, left: str, job: dict[str, str]
 ) -> None:
-    programs, run = tmp_path / "bin", tmp_path / "a run"
-    programs.mkdir()
-    run.mkdir()
-    (run / "STATUS").write_text("finished\n")
-    for name, body in (("scontrol", "echo node0"), ("srun", trainer), ("squeue", "")):
-        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-        (programs / name).chmod(0o755)
-    path = os.pathsep.join([str(programs), os.environ["PATH"]])
-    env = {
-        "PATH": path, "RUN_DIR": str(run), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
-        "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NAME": "grpo", "SLURM_CPUS_ON_NODE": "2",
-        "MINIGRPO_ENV": "/dev/null",
+    status = Path(job["RUN_DIR"]) / "STATUS"
+    status.write_text("finished\n")
+    assert submitted("grpo", job | {"RANKS": trainer}) == code
+    assert status.read_text() == f"{left}\n"
+
+
+def test_ranks_get_all_that_the_job_has_and_nothing_of_another_job(
+    job: dict[str, str], tmp_path: Path
+) -> None:
+    of_this_job = {
+        "SLURM_NNODES": "3", "SLURM_CPUS_ON_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64(x2),48",
+        "SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "1", "SLURM_EXPORT_ENV": "NONE",
     }  # fmt: skip
-    script = f"{SOURCE}; launch train_grpo.py"
-    done = subprocess.run(
-        ["/bin/bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    of_another = (
+        "CPU_BIND CPUS_PER_GPU CPUS_PER_TASK GPUS GPUS_PER_TASK MEM_PER_CPU MEM_PER_GPU "
+        "MEM_PER_NODE NTASKS_PER_GPU TRES_PER_TASK"
     )
-    assert done.returncode == code, done.stderr
-    assert (run / "STATUS").read_text() == f"{left}\n"
+    names = [f"SLURM_{name}" for name in of_another.split()]
+    submitted("grpo", job | of_this_job | dict.fromkeys(names, "9"))
+    pairs = (tmp_path / "environ").read_text().split("\0")
+    environ = dict(pair.split("=", 1) for pair in pairs if pair)
+    assert not environ.keys() & {*names}
+    expected = {
+        "SLURM_EXPORT_ENV": "ALL", "SLURM_GPUS_PER_NODE": "4", "SRUN_CPUS_PER_TASK": "48",
+        "OMP_NUM_THREADS": "12",
+    }  # fmt: skip
+    assert expected.items() <= environ.items()
+    given = (tmp_path / "given").read_text().split("\0")
+    assert {"--nodes=3", "--ntasks-per-node=1"} <= {*given}
+    flags = given[given.index("torchrun") + 1 : -1]
+    launch = config_from_args(parse_args(flags))[0]
+    assert (launch.min_nodes, launch.max_nodes, launch.nproc_per_node) == (3, 3, 4)
+    without = job | of_this_job | {"SLURM_GPUS_ON_NODE": "0"}
+    submitted("grpo", without)
+    assert "SLURM_GPUS_PER_NODE" not in (tmp_path / "environ").read_text()
 
 
 @pytest.mark.parametrize(

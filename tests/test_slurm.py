@@ -206,6 +206,34 @@ def test_a_preempted_job_is_saved_and_goes_on(submit: Callable[..., str], tmp_pa
     assert about(job)["Restarts"] == "1"
 
 
+def site_with(torchrun: str, tmp_path: Path) -> str:
+    """A site's hook that puts a stand-in for torchrun on the path."""
+    program, hook = tmp_path / "bin" / "torchrun", tmp_path / "bin" / "env.sh"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/bash\n{torchrun}\n")
+    program.chmod(0o755)
+    hook.write_text(f'PATH="{program.parent}:$PATH"\n')
+    return str(hook)
+
+
+def test_ranks_get_their_environment_and_all_of_the_job_whatever_sbatch_was_told(
+    environment: dict[str, str], submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """--export without PATH, GPUs beside those of the script, and what is left of another job."""
+    tell = """echo finished > "$RUN_DIR/STATUS"
+        said="$CUDA_VISIBLE_DEVICES of $SLURM_STEP_NUM_NODES, $SLURM_CPUS_PER_TASK CPUs"
+        echo "$said" > "$RUN_DIR/$SLURMD_NODENAME"
+    """
+    site, run = site_with(tell, tmp_path), tmp_path / "run"
+    told = [f"--export=MINIGRPO_ENV={site},RUN_DIR={run}", "--gres=gpu:4", "--cpus-per-task=8"]
+    left = {"SLURM_MEM_PER_GPU": "9", "SLURM_MEM_PER_CPU": "9", "SLURM_NTASKS_PER_GPU": "1"}
+    job = submit("--nodes=2", *told, "slurm/sft.sbatch", **left)
+    wait(job)
+    assert about(job)["JobState"] == "COMPLETED"
+    said = {path.name: path.read_text() for path in run.iterdir() if path.name != "STATUS"}
+    assert list(said.values()) == ["0,1,2,3 of 2, 8 CPUs\n"] * 2
+
+
 def test_after_the_last_requeue_a_stopped_job_fails(
     submit: Callable[..., str], tmp_path: Path
 ) -> None:
