@@ -64,12 +64,14 @@ fi
 ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a container, is env.sh's
     # Ranks meet at the address that torchrun has for its own node; left alone it takes the full
     # name of the host, which may be localhost. bash runs on each node, where the name is known.
+    # The others would wait 60 s for the head, which may be slow to begin, but 600 s for each other.
     # shellcheck disable=SC2016
     srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
         ${LAUNCH_PREFIX[@]+"${LAUNCH_PREFIX[@]}"} \
         bash -c 'PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-$SLURMD_NODENAME} exec "$@"' ranks torchrun \
         --nnodes="$SLURM_NNODES" --nproc-per-node="$nproc" --rdzv-backend=c10d \
-        --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" "$@"
+        --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+        --rdzv-conf=read_timeout=600 "$@"
 }
 
 launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this job and go on there

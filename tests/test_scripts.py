@@ -112,6 +112,7 @@ def test_ranks_get_all_that_the_job_has_and_nothing_of_another_job(
     flags = given[given.index("torchrun") + 1 : -1]
     launch = config_from_args(parse_args(flags))[0]
     assert (launch.min_nodes, launch.max_nodes, launch.nproc_per_node) == (3, 3, 4)
+    assert launch.rdzv_configs["read_timeout"] == "600"
     without = job | of_this_job | {"SLURM_GPUS_ON_NODE": "0"}
     submitted("grpo", without)
     assert "SLURM_GPUS_PER_NODE" not in (tmp_path / "environ").read_text()
