@@ -55,10 +55,11 @@ unset SLURM_CPU_BIND SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_GPUS SLURM_GPU
 export SLURM_EXPORT_ENV=ALL SRUN_CPUS_PER_TASK=$cpus
 ((${SLURM_GPUS_ON_NODE:-0} == 0)) || export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
 
-member='' seed=() # of an array: this task's folder below the others', and its flag
+id=$SLURM_JOB_ID member='' seed=() # of an array: this task's folder below the others', and its flag
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     # shellcheck disable=SC2034 # the batch scripts read it
     member=/seed-$SLURM_ARRAY_TASK_ID seed=(--seed "$SLURM_ARRAY_TASK_ID")
+    id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the job's own may stand for the whole array
 fi
 
 ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a container, is env.sh's
@@ -74,8 +75,25 @@ ranks() { # ranks SCRIPT FLAG...: run it on every rank; LAUNCH_PREFIX, say of a 
         --rdzv-conf=read_timeout=600 "$@"
 }
 
+is_preempted() { # in the grace of a preemption; a job that was cancelled is no longer running
+    local shown
+    shown=$(SLURM_TIME_FORMAT=standard scontrol show job "$id") || return
+    [[ $shown == *" JobState=RUNNING "*" PreemptTime="[0-9]* ]]
+}
+
+requeue() { # requeue this job, which ends this script
+    trap - USR1 TERM
+    for _ in {1..8}; do # slurmctld may be restarting: two minutes, which the lead must have
+        if scontrol requeue "$id"; then
+            sleep 60
+            break
+        fi
+        sleep 15
+    done
+}
+
 launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this job and go on there
-    local again=0 asked='' flag id=$SLURM_JOB_ID pid rc=0 status written
+    local again=0 asked='' flag pid rc=0 status written
     for flag in "$@"; do
         case $flag in --save[-_]dir | --save[-_]dir=*)
             echo "error: set RUN_DIR=... before sbatch instead of --save-dir" >&2
@@ -83,7 +101,6 @@ launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this jo
             ;;
         esac
     done
-    if [[ -n $member ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     export RUN_DIR=${RUN_DIR:-$root/runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}$member
     export STOP_FILE=$RUN_DIR/STOP.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     mkdir -p "$RUN_DIR"
@@ -106,20 +123,18 @@ launch() { # launch TRAINER FLAG...: run it to its end, or save, requeue this jo
         wait "$pid" && rc=0 || rc=$?
         ((again)) || break
     done
-    ((rc == 0)) || exit "$rc" # a bug must not loop
     # Rank 0 may be on another node; NFS looks again at what it knows when it is opened, folder first.
-    ls "$RUN_DIR" > /dev/null
+    ls "$RUN_DIR" > /dev/null || true
     status=$(cat "$RUN_DIR/STATUS" 2> /dev/null || true)
-    [[ $(stat -c %y "$RUN_DIR/STATUS" 2> /dev/null || true) != "$written" ]] || exit 1
-    case $status in
-        finished) exit 0 ;; # the only way to release afterok
-        stopped)            # SIGTERM is scancel, or a preemption, after which Slurm requeues by itself
-            if [[ $asked != TERM ]] && ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-20})); then
-                trap - USR1 TERM
-                scontrol requeue "$id"
-                sleep 60 # the requeue ends this script
-            fi
-            ;;
-    esac
-    exit 1
+    [[ $(stat -c %y "$RUN_DIR/STATUS" 2> /dev/null || true) != "$written" ]] || status=old
+    # The only way to release afterok. After SIGTERM in the last step torchrun fails all the same.
+    [[ $status != finished ]] || exit 0
+    # In the grace of a preemption the ranks alone get SIGTERM, and torchrun fails after it, though
+    # they saved. Slurm requeues only a job that is still there when the grace ends. Any other
+    # SIGTERM is scancel, or a preemption without grace, after which Slurm requeues by itself.
+    if is_preempted || { ((rc == 0)) && [[ $status == stopped && $asked != TERM ]] &&
+        ((${SLURM_RESTART_COUNT:-0} < ${MAX_REQUEUES:-20})); }; then
+        requeue
+    fi
+    exit $((rc > 0 ? rc : 1)) # a bug must not loop
 }

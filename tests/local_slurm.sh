@@ -44,6 +44,7 @@
 #   LOCAL_SLURM_PREFIX      nodes are PREFIX1, PREFIX2, ...        (n)
 #   LOCAL_SLURM_FEATURES    features, for --constraint             (none)
 #   LOCAL_SLURM_PARTITIONS  partitions, the first is the default   (debug,gpu)
+#                           a job may preempt those in partitions before its own, with 60 s of grace
 #   LOCAL_SLURM_WAIT        seconds that starting it may take      (60)
 # shellcheck disable=SC2015,SC2016,SC2086,SC2128,SC2178,SC2251
 set -euo pipefail
@@ -175,7 +176,7 @@ hosts_add() {
 settings() { printf '%s\n' "$1 $PORT $CPUS $MEM_MB $GPUS $PREFIX $PARTITIONS $FEATURES"; }
 
 write_config() {                       # write_config NODE...
-    local n i=0 p gres='' first=YES host
+    local n i=0 p tier=0 gres='' first=YES host
     host=$(uname -n)
     if [[ -e $DIR && ! -e $MARK && -n $(ls -A "$DIR") ]]; then
         die "$DIR is there and is not a cluster of this script: not touched"
@@ -235,6 +236,8 @@ UnkillableStepTimeout=30
 SlurmctldTimeout=120
 SlurmdTimeout=120
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PropagateResourceLimits=NONE
 END
         if ((GPUS)); then echo "GresTypes=gpu"; gres=" Gres=gpu:$GPUS"; fi
@@ -245,7 +248,9 @@ END
                  "RealMemory=$MEM_MB$gres${FEATURES:+ Feature=$FEATURES} State=UNKNOWN"
         done
         for p in ${PARTITIONS//,/ }; do
-            echo "PartitionName=$p Nodes=ALL Default=$first MaxTime=INFINITE DefaultTime=60 State=UP"
+            tier=$((tier + 1))
+            echo "PartitionName=$p Nodes=ALL Default=$first MaxTime=INFINITE DefaultTime=60 State=UP" \
+                 "PriorityTier=$tier GraceTime=60"
             first=NO
         done
     } > "$CONF"

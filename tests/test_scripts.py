@@ -37,28 +37,38 @@ def test_a_site_script_that_is_missing_or_fails_is_named(tmp_path: Path) -> None
     assert fine.stdout == "\nfine\n" and "env.sh failed" not in fine.stderr
 
 
+GRACE = "   JobState=RUNNING Reason=None\n   PreemptTime=2026-01-31T08:00:00 SuspendTime=None"
+NO_GRACE = GRACE.replace("2026-01-31T08:00:00", "None")
+CANCELLED = GRACE.replace("RUNNING", "CANCELLED")
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
-    """The environment of a batch script: $RANKS stands for srun.
+    """The environment of a batch script: $RANKS stands for srun, $SHOWN for what Slurm says.
 
-    What srun is given lies in `given` and `environ`.
+    The first two requeues find no slurmctld. What srun is given lies in `given` and `environ`.
     """
     programs, run = tmp_path / "bin", tmp_path / "a run"
     programs.mkdir()
     run.mkdir()
     bodies = {
         "srun": 'printf "%s\\0" "$@" > given; env -0 > environ; eval "$RANKS"',
-        "scontrol": "echo node0",
+        "scontrol": """case "$1 $2" in
+            "show hostnames") echo node0 ;;
+            "show job") [[ $3 == "$ID" ]] && echo "$SHOWN" ;;
+            "requeue $ID") echo >> requeues; (($(wc -l < requeues) > 2)) ;;
+        esac""",
         "squeue": "",
+        "sleep": "",
     }
     for name, body in bodies.items():
         (programs / name).write_text(f"#!/bin/bash\ncd {shlex.quote(str(tmp_path))}\n{body}\n")
         (programs / name).chmod(0o755)
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     return {
-        "PATH": path, "RUN_DIR": str(run), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+        "PATH": path, "RUN_DIR": str(run), "ID": "7", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
         "SLURM_JOB_NODELIST": "node0", "SLURM_JOB_NAME": "grpo", "SLURM_CPUS_ON_NODE": "2",
-        "MINIGRPO_ENV": "/dev/null", "MINIGRPO_ROOT": str(ROOT), "RANKS": "",
+        "MINIGRPO_ENV": "/dev/null", "MINIGRPO_ROOT": str(ROOT), "RANKS": "", "SHOWN": NO_GRACE,
     }  # fmt: skip
 
 
@@ -67,23 +77,56 @@ def submitted(stage: str, env: dict[str, str]) -> int:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
 
 
+def requeues(tmp_path: Path) -> int:
+    path = tmp_path / "requeues"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 @pytest.mark.parametrize(
-    ("trainer", "code", "left"),
+    ("trainer", "shown", "code", "left", "tries"),
     [
-        ("exit 2", 2, "finished"),  # it refused, and the run is as it was
-        ("exit 0", 1, "finished"),  # nobody said that this attempt has finished
-        ('echo finished > "$RUN_DIR/STATUS"', 0, "finished"),
-        ('echo failed > "$RUN_DIR/STATUS"; exit 3', 3, "failed"),
-        ('echo failed > "$RUN_DIR/STATUS"', 1, "failed"),
+        ("exit 2", NO_GRACE, 2, "finished", 0),  # it refused, and the run is as it was
+        ("exit 0", NO_GRACE, 1, "finished", 0),  # nobody said that this attempt has finished
+        ('echo finished > "$RUN_DIR/STATUS"', NO_GRACE, 0, "finished", 0),
+        # SIGTERM came in the last step, as a scancel or in the grace of a preemption.
+        ('echo finished > "$RUN_DIR/STATUS"; exit 1', NO_GRACE, 0, "finished", 0),
+        ('echo finished > "$RUN_DIR/STATUS"; exit 1', GRACE, 0, "finished", 0),
+        ('echo failed > "$RUN_DIR/STATUS"; exit 3', NO_GRACE, 3, "failed", 0),
+        ('echo failed > "$RUN_DIR/STATUS"', NO_GRACE, 1, "failed", 0),
+        ('echo stopped > "$RUN_DIR/STATUS"', NO_GRACE, 1, "stopped", 3),
+        ('echo stopped > "$RUN_DIR/STATUS"; exit 1', NO_GRACE, 1, "stopped", 0),
+        ('echo stopped > "$RUN_DIR/STATUS"; exit 1', GRACE, 1, "stopped", 3),
+        ('echo stopped > "$RUN_DIR/STATUS"; exit 1', CANCELLED, 1, "stopped", 0),
+        ("exit 143", GRACE, 143, "finished", 3),  # killed before it could save, even begin
     ],
 )
-def test_a_job_ends_as_its_own_attempt_did(
-    trainer: str, code: int, left: str, job: dict[str, str]
+def test_a_job_ends_as_its_own_attempt_did_or_is_requeued(
+    trainer: str,
+    shown: str,
+    code: int,
+    left: str,
+    tries: int,
+    job: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     status = Path(job["RUN_DIR"]) / "STATUS"
     status.write_text("finished\n")
-    assert submitted("grpo", job | {"RANKS": trainer}) == code
-    assert status.read_text() == f"{left}\n"
+    assert submitted("grpo", job | {"RANKS": trainer, "SHOWN": shown}) == code
+    assert (status.read_text(), requeues(tmp_path)) == (f"{left}\n", tries)
+
+
+@pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}])
+@pytest.mark.parametrize(
+    ("ended", "shown", "tries"),
+    [(0, GRACE, 0), (1, GRACE, 3), (1, CANCELLED, 0), (3, NO_GRACE, 0)],
+)
+def test_an_evaluation_is_requeued_in_the_grace_of_a_preemption(
+    ended: int, shown: str, tries: int, array: dict[str, str], job: dict[str, str], tmp_path: Path
+) -> None:
+    """In an array only that task: what Slurm says of the job's own id may be all of them."""
+    env = job | array | {"RANKS": f"exit {ended}", "SHOWN": shown, "ID": "5_2" if array else "7"}
+    assert submitted("evaluate", env) == ended
+    assert requeues(tmp_path) == tries
 
 
 def test_ranks_get_all_that_the_job_has_and_nothing_of_another_job(

@@ -194,11 +194,15 @@ def test_a_batch_script_that_alone_gets_sigterm_saves_and_does_not_requeue(
 
 
 def test_a_preempted_job_is_saved_and_goes_on(submit: Callable[..., str], tmp_path: Path) -> None:
-    """Slurm sends SIGTERM and requeues by itself; the script must not requeue once more."""
+    """Without grace Slurm sends SIGTERM and requeues by itself; the script must not as well."""
     folder = tmp_path / "run"
     job = submit("slurm/sft.sbatch", *SFT, *ENDLESS)
     until(training(folder))
     subprocess.run(["scontrol", "requeue", job], check=True)
+    goes_on(job, folder)
+
+
+def goes_on(job: str, folder: Path) -> None:
     until(lambda: len(attempts(folder)) == 2)
     first = checkpoints(folder)[0]
     until(lambda: steps_logged(folder)[-1] > first)
@@ -214,6 +218,33 @@ def site_with(torchrun: str, tmp_path: Path) -> str:
     program.chmod(0o755)
     hook.write_text(f'PATH="{program.parent}:$PATH"\n')
     return str(hook)
+
+
+def test_in_the_grace_of_a_preemption_jobs_are_requeued_but_not_one_that_is_cancelled(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """At its start the ranks alone get SIGTERM, and Slurm does not requeue a job that then ends."""
+    folder, begun, go = tmp_path / "run", tmp_path / "begun", tmp_path / "go"
+    begun.mkdir()
+    slow = f"""trap 'until [[ -e "{go}" ]]; do sleep 0.1; done; exit 1' TERM
+        [[ -z ${{SLURM_RESTART_COUNT:-}} ]] || exit 0
+        touch "{begun}/$SLURM_JOB_ID"; sleep 600 & wait"""
+    site = site_with(slow, tmp_path)
+    trained = submit("slurm/sft.sbatch", *SFT, *ENDLESS)
+    dates = {"SLURM_TIME_FORMAT": "%b %d"}  # as a user may want them
+    evaluated = submit("slurm/evaluate.sbatch", MINIGRPO_ENV=site, **dates)
+    cancelled = submit("slurm/sft.sbatch", MINIGRPO_ENV=site, RUN_DIR=str(tmp_path / "cancelled"))
+    until(training(folder))
+    until(lambda: {path.name for path in begun.iterdir()} == {evaluated, cancelled})
+    submit("--partition=gpu", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    until(lambda: all(about(job)["PreemptTime"] != "None" for job in (evaluated, cancelled)))
+    subprocess.run(["scancel", cancelled], check=True)
+    go.touch()
+    wait(evaluated)
+    assert (about(evaluated)["JobState"], about(evaluated)["Restarts"]) == ("COMPLETED", "1")
+    goes_on(trained, folder)
+    assert about(trained)["PreemptTime"] == "None"  # or a crash would requeue it for ever
+    assert (about(cancelled)["JobState"], about(cancelled)["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_ranks_get_their_environment_and_all_of_the_job_whatever_sbatch_was_told(
