@@ -3,12 +3,14 @@
 # ranks, and for the trainers: stop before the time limit, requeue, resume.
 #
 # Read from the environment, all optional:
-#   MINIGRPO_ROOT    the checkout; default where sbatch was called
+#   MINIGRPO_ROOT    the checkout; default where sbatch was called. Elsewhere give sbatch also
+#                    --output=FOLDER/%x-%j.out, or the job dies without a word for want of logs/
 #   MINIGRPO_ENV     a script to source first; default slurm/env.sh, made from env.sh.example
 #   RUN_DIR          run folder of a trainer; default runs/NAME-JOBID, which a requeue finds again.
 #                    An array puts one folder a task in it, seed-TASKID, and that is the seed
 #   NPROC_PER_NODE   ranks a node; default one a GPU, or one
-#   MAX_REQUEUES     after these a stopped job fails; default 20
+#   MAX_REQUEUES     restarts, by preemption or failure of a node as well, after which a job that
+#                    stops before its time limit fails; default 20
 #   MASTER_PORT      default made of the job id, as two jobs may share a node
 
 cd "${root:?the batch script sets it}" || exit
