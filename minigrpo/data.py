@@ -95,7 +95,7 @@ def make_task(
 class Prompts:
     """The prompts of one step; a start travels with its prompt and is never read back from text."""
 
-    initial_states: Annotated[Tensor, "P 2"]  # m, m/s; float64
+    initial_states: Annotated[Tensor, "P D"]  # D = 2: m, m/s; float64
     indices: Annotated[Tensor, "P"]  # int64, place in the run's stream of prompts, key of its draws
     texts: tuple[str, ...]  # P strings
     tokens: Annotated[Tensor, "P L"]  # int64, left-padded

@@ -22,7 +22,7 @@ class Trajectories:
     """What the plant did: states k = 0..T, controls as applied, count of states out of bounds."""
 
     controls: Annotated[Tensor, "N T"]  # m/s^2, saturated
-    states: Annotated[Tensor, "N T+1 2"]  # m, m/s
+    states: Annotated[Tensor, "N T+1 D"]  # D = 2: m, m/s
     num_violations: Annotated[Tensor, "N"]  # int64, states k = 1..T out of bounds, one for each
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ class CaseResults:
     num_texts: int  # written from each start: 1 open loop, T for mpc
     num_invalid_texts: Annotated[Tensor, "K"]  # int64
     num_violations: Annotated[Tensor, "K"]  # int64, states k = 1..T out of bounds
-    states: Annotated[Tensor, "K T+1 2"]  # m, m/s
+    states: Annotated[Tensor, "K T+1 D"]  # D = 2: m, m/s
     controls: Annotated[Tensor, "K T"]  # m/s^2, as applied
 
     def __post_init__(self) -> None:

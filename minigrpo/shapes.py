@@ -39,7 +39,10 @@ def check_shapes(**tensors: tuple[torch.Tensor | None, str]) -> dict[str, int]:
 def check_record(record: object, **more: tuple[torch.Tensor | None, str]) -> None:
     """`check_shapes` of a dataclass's annotated fields and, after these, of more tensors."""
     shapes = _annotated_shapes(type(record))  # type: ignore[arg-type]  # classes are hashable
-    check_shapes(**{name: (getattr(record, name), shapes[name]) for name in shapes}, **more)
+    try:
+        check_shapes(**{name: (getattr(record, name), shapes[name]) for name in shapes}, **more)
+    except ValueError as error:
+        raise ValueError(f"{type(record).__name__}: {error}") from None
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -175,7 +176,7 @@ def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:
     """The number that each token of the number tokenizer stands for, [V] float64, NaN for words."""
     values = torch.full((vocab_size,), torch.nan, dtype=torch.float64)
     for token, index in tokenizer.get_vocab().items():
-        if token.lstrip("-")[:1].isdigit():
+        if re.fullmatch(r"-?\d+\.\d+", token):
             values[index] = float(token)
     return values
 

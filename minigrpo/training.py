@@ -223,7 +223,8 @@ class Training:
                 why = (
                     "no trained one was better in validation" if seen else "no other was evaluated"
                 )
-                print(f"that is the model it started from: {why}")
+                no_plan = "; 0 says that no plan was well-formed" if best[1] == 0 else ""
+                print(f"that is the model it started from: {why}{no_plan}")
 
     def _evaluate(self) -> dict[str, float]:
         """Validation metrics of the model as it is, which is published if it is the best so far."""

@@ -936,12 +936,14 @@ def test_only_a_folder_that_would_be_written_over_is_in_the_way_of_a_run(
             train_sft.main(["--save-dir", save_dir, "--model", "somebody/tiny"])
 
 
-@pytest.mark.parametrize(("second", "is_told"), [(1.0, True), (1.5, False)])
+@pytest.mark.parametrize(
+    ("first", "second", "is_told"), [(1.0, 1.0, True), (1.0, 1.5, False), (0.0, 0.0, True)]
+)
 def test_a_run_that_never_improved_says_that_it_publishes_its_start(
-    second: float, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    first: float, second: float, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    scores = iter([1.0, second])
+    scores = iter([first, second])
     found = lambda *_: {"eval/greedy_reward": next(scores)}  # noqa: E731
     monkeypatch.setattr(training, "validation_metrics", found)
     flags = "--device cpu --steps 1 --prompts-per-step 2 --group-size 2 --num-minibatches 1"
@@ -949,6 +951,7 @@ def test_a_run_that_never_improved_says_that_it_publishes_its_start(
     train_grpo.main([*flags.split(), "--init", init, "--save-dir", str(tmp_path / "run")])
     last = capsys.readouterr().out.splitlines()[-1]
     told = "that is the model it started from: no trained one was better in validation"
+    told += "; 0 says that no plan was well-formed" if first == 0 else ""
     better = f"best validation reward 1.50 at step 1, published in {tmp_path / 'run'}"
     assert last == (told if is_told else better)
 
@@ -1071,7 +1074,8 @@ def test_what_ends_a_run_early_is_evaluated_before_it_is_finished(
     for last in (1, 2):  # the second time there are steps before it, and they were evaluated
         train_grpo.main([*flags, "--resume", "--steps=9", "--stop-after-minutes=1e-9"])
         if last == 1:
-            assert capsys.readouterr().out.endswith("started from: no other was evaluated\n")
+            told = "started from: no other was evaluated; 0 says that no plan was well-formed\n"
+            assert capsys.readouterr().out.endswith(told)
         assert (folder / "STATUS").read_text() == "stopped\n"
         before = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert "eval/greedy_reward" not in before[last]

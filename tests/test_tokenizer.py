@@ -514,3 +514,13 @@ def test_number_features_are_near_for_near_numbers_and_zero_for_words():
     assert 0 < distance("1.20", "1.21") < distance("1.20", "1.25") < distance("1.20", "1.60")
     assert distance("1.20", "1.60") < distance("1.20", "-2.80")
     assert abs(distance("0.10", "0.11") - distance("-2.51", "-2.50")) < 1e-4  # the same anywhere
+
+
+def test_a_word_that_begins_with_a_digit_is_no_number():
+    words = {"<eos>": 0, "2nd": 1, "-0.5": 2, "3.": 3, "12.75": 4, "1.5.2": 5, "--1.0": 6}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<eos>")), eos_token="<eos>"
+    )
+    values = token_values(tokenizer, 8)
+    assert values[[2, 4]].tolist() == [-0.5, 12.75]
+    assert values[[0, 1, 3, 5, 6, 7]].isnan().all()
