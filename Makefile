@@ -18,7 +18,8 @@ FAST = not slow and not slurm and not smollm
 CPU_BUILD = --no-deps --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu
 
 $(VENV)/.installed: setup.cfg constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs PYTHON=python3.11 or later")'
+	$(PYTHON) -m venv --clear $(VENV)
 	if nvidia-smi -L >/dev/null 2>&1; then $(PY) -m pip install $(TORCH); \
 		else $(PY) -m pip install $(CPU_BUILD) $(TORCH); fi
 	$(PY) -m pip install -c constraints.txt -e '.[plots,tensorboard,test]'
@@ -44,13 +45,13 @@ test-slurm: venv
 # little enough for a minute. One thread, since so small a model only waits for a second one.
 smoke: venv
 	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; export OMP_NUM_THREADS=1; \
-	$(PY) train_sft.py --save-dir $$dir/sft --horizon 5 --steps 300 --num-demonstrations 400 \
+	$(PY) train_sft.py --save-dir "$$dir/sft" --horizon 5 --steps 300 --num-demonstrations 400 \
 		--batch-size 16 --micro-batch-size 16 --eval-every 150 --eval-cases 16; \
-	$(PY) train_grpo.py --init $$dir/sft --save-dir $$dir/grpo --steps 3 --prompts-per-step 8 \
+	$(PY) train_grpo.py --init "$$dir/sft" --save-dir "$$dir/grpo" --steps 3 --prompts-per-step 8 \
 		--num-minibatches 4 --group-size 4 --micro-batch-size 8 --eval-every 2 --eval-cases 16 --save-every 2; \
-	$(PY) train_grpo.py --save-dir $$dir/grpo --resume --steps 4; \
-	$(PY) evaluate.py --model-path $$dir/grpo --baseline $$dir/sft --num-cases 16 --mpc-cases 2; \
-	test -s $$dir/grpo/evaluation/evaluation.json; echo "smoke: SFT, GRPO, resume, evaluation: ok"
+	$(PY) train_grpo.py --save-dir "$$dir/grpo" --resume --steps 4; \
+	$(PY) evaluate.py --model-path "$$dir/grpo" --baseline "$$dir/sft" --num-cases 16 --mpc-cases 2; \
+	test -s "$$dir/grpo/evaluation/evaluation.json"; echo "smoke: SFT, GRPO, resume, evaluation: ok"
 
 # Two processes use two cores better than two threads of one: so one a core, four at most (more than
 # two were not timed). A GPU is used by one process.
@@ -102,5 +103,5 @@ loc:
 	@$(PYTHON) .ci/loc.py minigrpo/*.py
 
 clean:
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in PICTURES:  # of the evaluation that was here before
         (folder / name).unlink(missing_ok=True)
     if find_spec("matplotlib") is None:
-        print("no plots: they need an extra, pip install -e .[plots]")
+        print("no plots: they need an extra, pip install -e '.[plots]'")
     else:
         draw_plots(folder, results, task.plant, Path(config.model_path) / "metrics.jsonl")
     print(*sorted(str(path) for path in folder.iterdir() if path.is_file()), sep="\n")

@@ -122,7 +122,7 @@ def open_run(folder: Path, overwrite: bool, resume: bool, tensorboard: bool = Fa
     if overwrite and resume:
         raise ValueError("overwrite and resume must not both be given")
     if tensorboard and find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs an extra: pip install -e .[tensorboard]")
+        raise ValueError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
 
     def prepare() -> None:
         make_folder(folder)
@@ -406,7 +406,7 @@ def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str
 
 
 def _provenance(device: torch.device) -> dict[str, Json]:
-    changes = _git("status", "--porcelain")
+    changes = _git("status", "--porcelain", "--untracked-files=no")  # a run's own folder is one
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "argv": sys.argv,
@@ -425,8 +425,14 @@ def _provenance(device: torch.device) -> dict[str, Json]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about the checkout; None without git or outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """What git says about the checkout; None without git or outside of one.
+
+    Also if it is somebody else's, as on many clusters: its code runs already.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an archive or an installed package, perhaps in another one
+        return None
+    command = ["git", "-c", "safe.directory=*", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -455,6 +461,7 @@ class StopSignal:
         self._file = Path(named) if named else folder / "STOP"
         self._deadline = time.monotonic() + 60 * minutes if minutes > 0 else math.inf
         self._is_signalled = False
+        self.is_interrupted = False  # by Ctrl-C
         self._restore = ExitStack()  # the handlers that were there before
         if rank() == 0 and not named:
             self._file.unlink(missing_ok=True)
@@ -471,6 +478,7 @@ class StopSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._is_signalled = True
         if number == signal.SIGINT:
+            self.is_interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nsaving after this step, Ctrl-C again aborts\n")
 

@@ -9,6 +9,7 @@ with opened(...) as training:           the start of a run, or the state of its 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def opened(
 ) -> Iterator[Training]:
     """The run in its folder, begun or resumed; STATUS says how it ended.
 
-    What may refuse a run comes before: --overwrite deletes the one that is there.
+    What may refuse a run comes before: --overwrite deletes the one that is there. SystemExit 130:
+    Ctrl-C stopped it, so that a shell runs nothing that should follow it.
     """
     folder = Path(config.save_dir)
     with (
@@ -99,6 +101,8 @@ def opened(
         training = Training(run, stop, config, manifest, task, model, device, reference)
         yield training
         training.finish()
+    if stop.is_interrupted and world_size() == 1:  # torchrun fails by itself
+        raise SystemExit(128 + signal.SIGINT)
 
 
 @dataclass(eq=False)
@@ -216,6 +220,8 @@ class Training:
         """Write STATUS and say what was published."""
         self.run.finish("finished" if self.is_finished() else "stopped")
         folder = self.run.folder
+        if rank() == 0 and not self.is_finished():
+            print(f"stopped after step {self.done} of {self.config.steps}, --resume goes on")
         if rank() == 0 and (best := published(folder)):
             print(f"best validation reward {best[1]:.2f} at step {best[0]}, published in {folder}")
             if best[0] == 0 and self.done > 0:

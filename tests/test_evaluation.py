@@ -652,7 +652,7 @@ def test_one_model_alone_goes_by_its_stage_on_starts_from_a_file_without_matplot
     flags = ["--model-path", folders["sft"], "--skip-mpc", "--device", "cpu"]
     evaluate.main([*flags, "--initial-states", str(tmp_path / "starts.json")])
     shown = capsys.readouterr().out
-    assert "2 of the 3 starts" in shown and "pip install -e .[plots]" in shown
+    assert "2 of the 3 starts" in shown and "pip install -e '.[plots]'" in shown
     folder = Path(folders["sft"]) / "evaluation"
     assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "evaluation.json"]
     report = json.loads((folder / "evaluation.json").read_text())

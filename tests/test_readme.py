@@ -39,7 +39,7 @@ BENCHMARKS = ("bench.py", "study.py")
 # Of other programs: torchrun, sbatch, pip.
 FOREIGN_FLAGS = {
     "--nproc-per-node", "--standalone", "--account", "--nodes", "--gpus-per-node", "--array",
-    "--cpus-per-gpu", "--cpus-per-task", "--output", "--signal", "--dry-run",
+    "--cpus-per-gpu", "--cpus-per-task", "--index-url", "--output", "--signal", "--dry-run",
     "--exclusive", "--export", "--gres",
 }  # fmt: skip
 

@@ -202,7 +202,9 @@ def test_a_stop_is_saved_and_ends_well(
 ) -> None:
     folder = tmp_path / "run"
     num_ranks, action, more = ways_to_stop(folder)[way]
-    run_ranks(num_ranks, train, "grpo", [*begun("grpo", folder), *more], 3, action)
+    exits = start_ranks(num_ranks, train, "grpo", [*begun("grpo", folder), *more], 3, action)
+    # Or a shell would go on with what follows `&&`.
+    assert exits == [128 + signal.SIGINT if way == "Ctrl-C" else 0] * num_ranks
     assert status(folder) == "stopped" and not (folder / "LOCK").exists()
     last = int(lines(folder)[-1]["step"])
     assert 1 <= last <= 3 and (last == 3 or way == "deadline")  # which a slow machine meets sooner
