@@ -57,6 +57,7 @@ from minigrpo.transformer import Transformer, TransformerConfig
 
 SomeConfig = TypeVar("SomeConfig", SFTConfig, GRPOConfig)
 Record = TypeVar("Record", DoubleIntegrator, QuadraticCost, Codec)
+Described = TypeVar("Described", "Manifest", TransformerConfig)
 ADAPTER = "adapter."
 
 
@@ -120,13 +121,13 @@ def origin_prompt(task: Task) -> list[int]:
     return encode_prompt(task.tokenizer, state, task.plant, task.codec)
 
 
-def differing(wanted: Manifest, got: Manifest, names: Sequence[str]) -> str:
-    """What two manifests disagree in, of these of their fields; empty: in nothing."""
+def differing(wanted: Described, got: Described, names: Sequence[str] = ()) -> str:
+    """What two records disagree in, of these of their fields or of all; empty: in nothing."""
     ours, theirs = asdict(wanted), asdict(got)
     found = []
-    for name in names:
+    for name in names or ours:
         pairs = {name: (ours[name], theirs[name])}
-        if isinstance(ours[name], dict):  # a record
+        if isinstance(ours[name], dict) and theirs[name] is not None:  # a record
             pairs = {f"{name}.{key}": (ours[name][key], theirs[name][key]) for key in ours[name]}
         found += [f"{key} must be {a}, got {b}" for key, (a, b) in pairs.items() if a != b]
     return "; ".join(found)
@@ -152,6 +153,7 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / "minigrpo.json"
     if not path.is_file():
         found = "no minigrpo.json in it" if folder.is_dir() else "no such folder"
+        found = "a file" if folder.is_file() else found
         advice = "train_sft.py makes one, train_grpo.py trains it on"
         if (folder / "config.json").is_file():
             advice = f"train_sft.py --model {folder} --save-dir OTHER makes one of this model"
@@ -375,8 +377,8 @@ def load_trainer(
     if differ := differing(manifest, saved, ("stage", "preset", "plant", "cost", "codec")):
         raise ValueError(f"{folder}: {differ}")
     loaded = load_transformer(folder)
-    if loaded.config != model.config:
-        raise ValueError(f"{folder}: the model must be {model.config}, got {loaded.config}")
+    if differ := differing(model.config, loaded.config):
+        raise ValueError(f"{folder}: {differ}")
     step = int(_metadata(folder / "model.safetensors", "step")["step"])
     path = folder / "trainer.safetensors"
     described = _metadata(path)
