@@ -19,7 +19,9 @@ CPU_BUILD = --no-deps --retries 1 --timeout 15 --extra-index-url https://downloa
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs PYTHON=python3.11 or later")'
-	$(PYTHON) -m venv --clear $(VENV)
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || \
+		{ echo "VENV must be a virtual environment or become one, $(VENV) is something else" >&2; exit 1; }
+	$(PYTHON) -m venv $$($(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || echo --clear) $(VENV)
 	if nvidia-smi -L >/dev/null 2>&1; then $(PY) -m pip install $(TORCH); \
 		else $(PY) -m pip install $(CPU_BUILD) $(TORCH); fi
 	$(PY) -m pip install -c constraints.txt -e '.[plots,tensorboard,test]'

@@ -195,9 +195,10 @@ def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
     tokenizer = load_tokenizer(folder, shape.vocab_size)
     try:
         task = make_task(manifest.plant, manifest.cost, manifest.codec, tokenizer)
+        tokens = origin_prompt(task)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if manifest.prompt_tokens not in (None, origin_prompt(task)):
+    if manifest.prompt_tokens not in (None, tokens):
         raise ValueError(
             f"{folder}: a prompt must have the tokens that it had in training, got others: its "
             "tokenizer or chat template was changed, or is read differently by another version of "

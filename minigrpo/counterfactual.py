@@ -28,7 +28,7 @@ residuals with lambda^(j-k-1).)
 Values age. After an optimizer step the other controls of a row would no longer be those it was
 simulated with, and since all controls of a plan are told the same, they correct one error fifty
 times. So before every optimizer step but the first of a rollout W is simulated again, at plans in
-which each control has moved as far as its mean has moved since (`Plans.moved`):
+which each control has moved as far as its mean has moved since (`Plans.moved`); F stays as it was:
 
     u_k + E_q a - E_old a,  v_k + E_q a - E_old a    means at h_k, of now and of when it was sampled
 

@@ -427,7 +427,7 @@ def _provenance(device: torch.device) -> dict[str, Json]:
 def _git(*arguments: str) -> str | None:
     """What git says about the checkout; None without git or outside of one.
 
-    Also if it is somebody else's, as on many clusters: its code runs already.
+    Also (git 2.38 or later) if it is somebody else's, as on many clusters: its code runs already.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an archive or an installed package, perhaps in another one
@@ -565,12 +565,19 @@ def run_command(main: Callable[[], None]) -> None:
 
     Training that diverged and a GPU without memory are one line too, with its advice, and status 1.
     What a mistake carries as notes follows, on one rank. `python -X dev` shows its traceback too.
+    After Ctrl-C the process dies of the signal: by that a shell knows not to go on, in loops too.
     """
     if os.name == "nt":  # it has no SIGUSR1 and syncs no folders
         raise SystemExit("error: minigrpo runs on Linux and macOS, on Windows inside WSL")
     keep_freed_memory()
     try:
         main()
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise

@@ -25,6 +25,8 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 # The vocabulary is filled up to a multiple of this with words that are never written: rows of
 # logits then begin on cache lines, and the head takes half the time on a CPU (607 -> 640 tokens).
 MULTIPLE = 64
+# For templates that print today's date, as Llama 3's do: a prompt must be the same on all days.
+ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokenizerFast:
@@ -80,7 +82,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder} must hold a fast tokenizer, found {type(tokenizer).__name__}")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer must have an end-of-sequence token, found none")
+        raise ValueError(
+            f"{folder}: the tokenizer must have an end-of-sequence token, found none; name it as "
+            "eos_token in tokenizer_config.json"
+        )
     num_rows = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if num_rows > vocab_size:
         raise ValueError(
@@ -94,6 +99,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(settings.get("extra_special_tokens"), list):  # it has another name for them
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -123,13 +130,12 @@ def encode_prompt(
         {"role": "user", "content": text},
     ]
     try:
-        # The templates of Llama 3 print it, or today's: a prompt must be the same on all days.
         chat = str(
             tokenizer.apply_chat_template(
                 messages,
+                chat_template=ONE_DAY + tokenizer.get_chat_template(),
                 tokenize=False,
                 add_generation_prompt=True,
-                date_string="26 Jul 2024",
                 enable_thinking=False,  # Qwen3
             )
         )
@@ -176,7 +182,7 @@ def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:
     """The number that each token of the number tokenizer stands for, [V] float64, NaN for words."""
     values = torch.full((vocab_size,), torch.nan, dtype=torch.float64)
     for token, index in tokenizer.get_vocab().items():
-        if re.fullmatch(r"-?\d+\.\d+", token):
+        if re.fullmatch(r"-?\d+(\.\d+)?", token):
             values[index] = float(token)
     return values
 

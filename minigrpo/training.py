@@ -9,7 +9,6 @@ with opened(...) as training:           the start of a run, or the state of its 
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,8 +88,8 @@ def opened(
 ) -> Iterator[Training]:
     """The run in its folder, begun or resumed; STATUS says how it ended.
 
-    What may refuse a run comes before: --overwrite deletes the one that is there. SystemExit 130:
-    Ctrl-C stopped it, so that a shell runs nothing that should follow it.
+    What may refuse a run comes before: --overwrite deletes the one that is there.
+    KeyboardInterrupt: Ctrl-C stopped it, all is saved.
     """
     folder = Path(config.save_dir)
     with (
@@ -102,7 +101,7 @@ def opened(
         yield training
         training.finish()
     if stop.is_interrupted and world_size() == 1:  # torchrun fails by itself
-        raise SystemExit(128 + signal.SIGINT)
+        raise KeyboardInterrupt
 
 
 @dataclass(eq=False)

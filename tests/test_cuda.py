@@ -224,7 +224,9 @@ def test_a_step_in_bfloat16_is_one_in_float32_within_rounding(checkpointing):
     exact, same, rounded = gradients
     assert (same - exact).norm() < 1e-4 * exact.norm()
     assert (rounded - exact).norm() < 0.05 * exact.norm()
-    assert (steps[1] - steps[0]).abs().quantile(0.99) < 1e-5
+    start = torch.cat([p.flatten() for p in before.values()])
+    for step, off in zip(steps[1:], (1e-3, 0.2), strict=True):  # its size hardly depends on g
+        assert (step - steps[0]).norm() < off * (steps[0] - start).norm()
 
 
 def test_values_of_choices_are_those_of_the_cpu():

@@ -203,8 +203,7 @@ def test_a_stop_is_saved_and_ends_well(
     folder = tmp_path / "run"
     num_ranks, action, more = ways_to_stop(folder)[way]
     exits = start_ranks(num_ranks, train, "grpo", [*begun("grpo", folder), *more], 3, action)
-    # Or a shell would go on with what follows `&&`.
-    assert exits == [128 + signal.SIGINT if way == "Ctrl-C" else 0] * num_ranks
+    assert exits == [int(way == "Ctrl-C")] * num_ranks  # of a KeyboardInterrupt, after all is saved
     assert status(folder) == "stopped" and not (folder / "LOCK").exists()
     last = int(lines(folder)[-1]["step"])
     assert 1 <= last <= 3 and (last == 3 or way == "deadline")  # which a slow machine meets sooner

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from minigrpo.data import Task, demonstrations, make_prompts, make_task, prompt_lengths
@@ -265,27 +273,54 @@ def test_a_chat_tokenizer_survives_the_folder(tmp_path):
         assert ids == encode_prompt(tokenizer, start, PLANT, WORDS)
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
-def test_the_tokenizer_is_its_file_whatever_class_is_named_beside_it(name, tmp_path):
-    """transformers builds one of a class from parts of the file: Llama's would lose spaces here."""
-    tokenizer = chat_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's file has it: every text, after a special token too, begins with a space."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    space = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    backend.normalizer = normalizers.Sequence(space)
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=450, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    backend.train_from_iterator([system_text(PLANT, WORDS)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("LlamaTokenizer", metaspace_tokenizer), ("Qwen2Tokenizer", chat_tokenizer)],
+)
+def test_the_tokenizer_is_its_file_whatever_class_is_named_beside_it(name, make, tmp_path):
+    """transformers builds one of that class from parts of the file, which has other ids here."""
+    make().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
     again, raw = load_tokenizer(tmp_path, 10_000), Tokenizer.from_file(f"{tmp_path}/tokenizer.json")
-    for text in (system_text(PLANT, WORDS), "<|im_start|> 1.5, -0.25", "  a\n b"):
-        assert again.encode(text) == raw.encode(text).ids == tokenizer.encode(text)
+    texts = [system_text(PLANT, WORDS), "<s> [INST] 1.5", "<|im_start|> 1.5, -0.25", "  a\n b"]
+    assert [again.encode(text) for text in texts] == [raw.encode(text).ids for text in texts]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert [theirs.encode(text) for text in texts] != [raw.encode(text).ids for text in texts]
 
 
-def test_what_we_save_names_a_class_that_earlier_transformers_know(tmp_path):
-    tokenizer = chat_tokenizer()
-    save_tokenizer(tokenizer, tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 10_000)):
-        for start in STARTS:
-            ids = encode_prompt(tokenizer, start, PLANT, WORDS)
-            assert encode_prompt(again, start, PLANT, WORDS) == ids
+def test_what_we_save_is_in_names_that_earlier_transformers_know(tmp_path):
+    chat_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    special = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}  # as Qwen2.5 has
+    path.write_text(json.dumps(json.loads(path.read_text()) | special))
+    tokenizer = load_tokenizer(tmp_path, 10_000)
+    for _ in range(2):
+        save_tokenizer(tokenizer, tmp_path)
+        settings = json.loads(path.read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert settings["additional_special_tokens"] == special["additional_special_tokens"]
+        assert "extra_special_tokens" not in settings  # transformers 4 fails at a list of that name
+        for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 10_000)):
+            for start in STARTS:
+                ids = encode_prompt(chat_tokenizer(), start, PLANT, WORDS)
+                assert encode_prompt(again, start, PLANT, WORDS) == ids
+        tokenizer = again
 
 
 def padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -388,9 +423,9 @@ def test_a_prompt_is_the_same_on_all_days():
     asked = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
     )
-    template = asked + "{{ date_string }}" + CHAT_ML
-    ids = encode_prompt(chat_tokenizer(template), STARTS[0], PLANT, WORDS)
-    assert chat_tokenizer().decode(ids).startswith("26 Jul 2024<|bos|>")
+    for date in (asked + "{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"):
+        ids = encode_prompt(chat_tokenizer(date + CHAT_ML), STARTS[0], PLANT, WORDS)
+        assert chat_tokenizer().decode(ids).startswith("26 Jul 2024<|bos|>")
 
 
 def test_a_template_that_refuses_a_system_message_is_named():
@@ -517,10 +552,10 @@ def test_number_features_are_near_for_near_numbers_and_zero_for_words():
 
 
 def test_a_word_that_begins_with_a_digit_is_no_number():
-    words = {"<eos>": 0, "2nd": 1, "-0.5": 2, "3.": 3, "12.75": 4, "1.5.2": 5, "--1.0": 6}
+    words = {"<eos>": 0, "2nd": 1, "-0.5": 2, "3.": 3, "12": 4, "1.5.2": 5, "--1.0": 6}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<eos>")), eos_token="<eos>"
     )
     values = token_values(tokenizer, 8)
-    assert values[[2, 4]].tolist() == [-0.5, 12.75]
+    assert values[[2, 4]].tolist() == [-0.5, 12.0]
     assert values[[0, 1, 3, 5, 6, 7]].isnan().all()
