@@ -982,6 +982,16 @@ def test_a_run_that_never_improved_says_that_it_publishes_its_start(
     assert last == (told if is_told else better)
 
 
+def test_a_run_that_is_stopped_says_after_which_step_and_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(StopSignal, "requested", lambda stop: True)
+    flags = "--device cpu --steps 3 --prompts-per-step 2 --group-size 2 --num-minibatches 1"
+    places = ["--init", str(untrained_checkpoint(tmp_path / "init")), "--save-dir"]
+    train_grpo.main([*flags.split(), *places, str(tmp_path / "run")])
+    assert "\nstopped after step 1 of 3, --resume goes on\n" in capsys.readouterr().out
+
+
 def test_a_step_of_grpo_is_announced_warned_of_and_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
