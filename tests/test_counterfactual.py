@@ -160,21 +160,17 @@ def test_interpolation_and_hat_functions_are_those_of_numpy() -> None:
     nodes = torch.randn(5, 7, generator=generator, dtype=torch.float64).sort(dim=1).values
     nodes[1, :3] = nodes[1, 2]  # equal ones, as where the control range ends
     values = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    values[1, :3] = values[1, 2]
     at = torch.linspace(-3, 3, 41, dtype=torch.float64)
     got = interpolated(nodes, values, at)
-    for n in (0, 2, 3, 4):
-        torch.testing.assert_close(
-            got[n], torch.from_numpy(np.interp(at, nodes[n], values[n])), rtol=1e-12, atol=1e-12
-        )
-    beyond = at > nodes[1, 2]
-    after = torch.from_numpy(np.interp(at[beyond], nodes[1, 2:], values[1, 2:]))
-    torch.testing.assert_close(got[1][beyond], after, rtol=1e-12, atol=1e-12)
-    assert got.isfinite().all()
+    nodes_and_values = zip(nodes, values, strict=True)
+    wanted = np.stack([np.interp(at, some, worth) for some, worth in nodes_and_values])
+    torch.testing.assert_close(got, torch.from_numpy(wanted), rtol=1e-12, atol=1e-12)
 
     grid, heights = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.randn(5).double()
     numbers = torch.tensor([-1.0, -0.3, 0.5, 0.99, torch.nan, torch.nan]).double()
     basis = token_basis(numbers, grid, eos=5)
-    assert basis.shape == (6, 8) and not basis[4:, :5].any() and not basis[:, 7].any()
+    assert basis.shape == (6, 16) and not basis[4:, :5].any() and not basis[:, 7:].any()
     assert basis[:, 5].tolist() == [0, 0, 0, 0, 0, 1] and basis[:, 6].tolist() == [0, 0, 0, 0, 1, 0]
     wanted = np.interp([-1.0, -0.3, 0.5, 0.99], grid, heights)
     torch.testing.assert_close(
@@ -398,8 +394,12 @@ def test_neither_mean_values_nor_their_gradient_depend_on_chunks(
     assert found[0][1].abs().max() > 1e-3
 
 
-def test_values_are_close_to_those_of_every_control_there_is() -> None:
-    """On the plant of the demo, near the plans that are drawn; a coarser grid fails."""
+@pytest.mark.parametrize(("noise", "bound"), [(0.1, 0.1), (0.01, 0.2)])
+def test_values_are_close_to_those_of_every_control_there_is(noise: float, bound: float) -> None:
+    """On the plant of the demo, near plans as a policy draws them after SFT, and after GRPO.
+
+    A coarser grid fails: for the policy that is sure, nodes 0.1 m/s^2 apart, stored or simulated.
+    """
     plant, size = DoubleIntegrator(), 4
     codec = Codec()
     tokenizer = number_tokenizer(plant, codec)
@@ -408,8 +408,8 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
     starts = torch.tensor([[0.5, -0.3], [-0.2, 0.6]], dtype=torch.float64).repeat_interleave(
         size, 0
     )
-    noise = 0.1 * torch.randn(8, 50, generator=torch.Generator().manual_seed(8))
-    plans = (lqr_controls(starts, plant, QuadraticCost()) + noise).clamp(-3, 3)
+    drawn = noise * torch.randn(8, 50, generator=torch.Generator().manual_seed(8))
+    plans = (lqr_controls(starts, plant, QuadraticCost()) + drawn).clamp(-3, 3)
     tokens = torch.cat([(plans * 100).round().long() + 300 + first, torch.zeros(8, 1).long()], 1)
     tokens[:, 50] = int(tokenizer.eos_token_id)
 
@@ -421,20 +421,20 @@ def test_values_are_close_to_those_of_every_control_there_is() -> None:
     choices = simulator.values_of(simulator.plans_of(tokens, starts, size), 51)
     got = choices.values @ choices.basis.T + choices.level[..., None]  # [8, 51, V]
     controls, errors, sizes = numbers[tokens[:, :50]], [], []
+    around = torch.arange(-5, 6) * noise * 0.3  # m/s^2, one and a half standard deviations
     for n, k in itertools.product((0, 5), (0, 3, 10, 20, 40)):
         group = [j for j in range(n // size * size, n // size * size + size) if j != n]
         others = controls[group].mean(dim=0)
-        near = others[k] + torch.arange(-15, 16) / 100
+        near = others[k] + around
         places = (near.clamp(-3, 3) * 100).round().long() + 300 + first
-        changed = torch.cat([controls[n, :k], others[k:]]).repeat(31, 1)
+        changed = torch.cat([controls[n, :k], others[k:]]).repeat(len(near), 1)
         changed[:, k] = numbers[places]
-        flown = plant.simulate(starts[n].repeat(31, 1), changed)
-        exact = reward(
-            tally_of(changed, flown, plant, QuadraticCost()), torch.ones(31).bool()
-        ).total
+        flown = plant.simulate(starts[n].repeat(len(near), 1), changed)
+        valid = torch.ones(len(near)).bool()
+        exact = reward(tally_of(changed, flown, plant, QuadraticCost()), valid).total
         errors.append((got[n, k, places] - exact).abs().mean())
         sizes.append(exact.std())
-    assert torch.stack(errors).mean() < 0.1 * torch.stack(sizes).mean()
+    assert torch.stack(errors).mean() < bound * torch.stack(sizes).mean()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
