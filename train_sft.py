@@ -36,7 +36,13 @@ from minigrpo.optim import cosine_learning_rate
 from minigrpo.prompts import Codec
 from minigrpo.runs import check_apart, run_command
 from minigrpo.sft import smoothing_matrix, supervised_step
-from minigrpo.tokenizer import load_tokenizer, number_features, number_tokenizer, token_values
+from minigrpo.tokenizer import (
+    control_values,
+    load_tokenizer,
+    number_features,
+    number_tokenizer,
+    token_values,
+)
 from minigrpo.training import given_and_saved, opened, prepared
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
@@ -180,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data = training_data(config, task)
             smoothing = None  # sharp labels
             if config.smoothing_width > 0:
-                values = token_values(task.tokenizer, shape.vocab_size)
-                smoothing = smoothing_matrix(values, config.smoothing_width).float().to(device)
+                controls = control_values(task.tokenizer, shape.vocab_size, task.plant, task.codec)
+                smoothing = smoothing_matrix(controls, config.smoothing_width).float().to(device)
             for step in training.steps():
                 began = time.perf_counter()
                 rate = cosine_learning_rate(

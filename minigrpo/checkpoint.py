@@ -167,26 +167,36 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def saved_config(folder: Path, stage: str) -> dict[str, Value] | None:
-    """The settings of the run in this folder at its newest save; None where nothing was saved.
+    """The settings of the run in this folder at its newest save or, if it has none yet, at its
+    start; None where none was begun.
 
     ValueError: it is of another stage, or its published model is damaged, which the next evaluation
     would stumble over.
     """
-    newest = _latest(folder) or folder
-    if not (newest / "minigrpo.json").is_file():
+    newest, begun = _latest(folder) or folder, folder / "provenance.json"
+    if (newest / "minigrpo.json").is_file():
+        manifest = load_manifest(newest)
+        kind, config = manifest.stage, manifest.config
+    elif begun.is_file():
+        try:
+            record = typed(dict, json.loads(begun.read_text()), "provenance")
+            kind, config = record["stage"], typed(dict, record["config"], "config")
+        except (ValueError, KeyError, RecursionError) as error:
+            found = f"{begun} must be the record of a run, got {error!r}"
+            raise ValueError(f"{found}; --overwrite begins anew") from error
+    else:
         return None
-    manifest = load_manifest(newest)
-    if manifest.stage != stage:
+    if kind != stage:
         raise ValueError(
             f"save_dir must hold a run of stage {stage} to be resumed, {folder} holds one of "
-            f"{manifest.stage}: choose another"
+            f"{kind}: choose another"
         )
     try:
         published(folder)
     except ValueError as error:
         advice = "delete it, and the next evaluation publishes the model that it has then"
         raise ValueError(f"{error}; {advice}") from error
-    return manifest.config
+    return config
 
 
 def load_task(folder: Path) -> tuple[TransformerConfig, Task, Manifest]:
@@ -401,6 +411,11 @@ def load_trainer(
     model.load_state_dict(cut, strict=not own)
     _put_moments(tensors, model, optimizer)
     return step
+
+
+def base_of(folder: Path) -> str | None:
+    """The `base` that a checkpoint was saved with."""
+    return _metadata(folder / "trainer.safetensors").get("base")
 
 
 def _check_trainer(tensors: dict[str, Tensor], model: Transformer, path: Path) -> None:

@@ -331,7 +331,8 @@ def later_values(
     """
     sizes = check_shapes(tokens=(tokens, "N C"), expected=(expected, "N C"))
     place = torch.arange(sizes["C"], device=tokens.device)
-    exists = place <= rearrange(choices.plans.num_written, "n -> n 1")  # [N, C]
+    last = choices.plans.num_written.clamp(max=choices.plans.own.shape[1])  # EOS of a whole row
+    exists = place <= rearrange(last, "n -> n 1")  # [N, C]
     chosen = choices.level + choices.of_tokens(tokens)
     change = torch.zeros_like(chosen)
     change[:, 1:] = (choices.level + expected)[:, 1:] - chosen[:, :-1]

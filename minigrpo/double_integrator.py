@@ -86,9 +86,11 @@ class DoubleIntegrator:
     def leaves_bounds_(self, position: Tensor, velocity: Tensor) -> Tensor:
         """1.0 where a state of these absolute values is out of bounds, else 0.0.
 
-        Written into `position`, and floats, since to add bools to a count is slow.
+        The bound itself is inside, however it rounds in float32 or 64. Written into `position`, and
+        floats, since to add bools to a count is slow.
         """
-        return torch.maximum(position, velocity, out=position).gt_(self.state_bound)
+        bound = self.state_bound * (1 + 1e-6)
+        return torch.maximum(position, velocity, out=position).gt_(bound)
 
     def step(self, state: Tensor, control: Tensor) -> Tensor:
         """The state after one step: [2, N] and saturated controls [N] -> [2, N]."""

@@ -70,7 +70,7 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
     mass = probs.cumsum(dim=-1)  # [B, S]
     # A token is in if the mass above it is short of top_p; counted, so that it is a prefix even if
     # a parallel cumsum is not monotone.
-    num_kept = (mass - probs < acting.top_p).sum(dim=-1, keepdim=True)  # [B, 1]
+    num_kept = (mass - probs < acting.top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # [B, 1]
     kept = torch.arange(best.shape[1], device=best.device) < num_kept  # [B, S]
     inside = best.masked_fill(~kept, -torch.inf)
     kept_mass = (probs * kept).sum(dim=-1)  # [B]

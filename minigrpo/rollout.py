@@ -31,7 +31,7 @@ from minigrpo.reward import RewardFunction, Rewards, tally_of
 from minigrpo.sampling import Completions, StopRule, sample_completions
 from minigrpo.scoring import completion_scores
 from minigrpo.shapes import check_record
-from minigrpo.tokenizer import decode_completions, pad_id, token_values
+from minigrpo.tokenizer import control_values, decode_completions, pad_id
 from minigrpo.transformer import Transformer
 
 CompletionRecord = dict[str, str | bool | float | list[float] | dict[str, float]]
@@ -53,8 +53,8 @@ class Experience:
 class Rollout:
     """Token side of a rollout: all that an update reads. Rows are this rank's, whole groups."""
 
-    prompt_tokens: Annotated[Tensor, "N L"]
-    prompt_mask: Annotated[Tensor | None, "N L"]  # None: nothing is padded
+    prompt_tokens: Annotated[Tensor, "P L"]  # once for each group
+    prompt_mask: Annotated[Tensor | None, "P L"]  # None: nothing is padded
     completion_tokens: Annotated[Tensor, "N C"]
     completion_mask: Annotated[Tensor, "N C"]
     support: Annotated[Tensor | None, "N C S"]
@@ -63,7 +63,7 @@ class Rollout:
     ref_logprobs: Annotated[Tensor | None, "N C"]  # None: no KL term
     rewards: Annotated[Tensor, "N"]  # float64
     advantages: Tensor  # [N] float64; [N, C] with `credit`, then of what came after each token
-    prompt_places: Tensor  # [N / G] int64, of its prompts among all ranks' prompts of this step
+    prompt_places: Annotated[Tensor, "P"]  # int64, among all ranks' prompts of this step
     group_size: int
     max_length: int  # tokens of the longest completion allowed
     credit: ChoiceCredit | None = None  # None: one advantage a completion
@@ -72,7 +72,7 @@ class Rollout:
         check_record(
             self,
             advantages=(self.advantages, "N" if self.credit is None else "N C"),
-            prompt_places=(self.prompt_places, str(len(self.rewards) // self.group_size)),
+            groups=(self.prompt_places, str(len(self.rewards) // self.group_size)),
             values=(None if self.credit is None else self.credit.choices.values, "N C K"),
         )
 
@@ -112,7 +112,8 @@ def act(
     """Sample, parse, simulate and score G completions for each prompt.
 
     The plant runs on the CPU in float64: it is microseconds beside the model, and every device sees
-    equal rewards (if not values of choices, which are many more plans, to the last bit).
+    equal rewards. Values of choices, many more plans, are simulated on the model's device and may
+    differ in the last bits.
     """
     acting = ActingPolicy(config.temperature, config.top_p, config.support_size)
     group_size, length = config.group_size, task.max_completion_length
@@ -140,12 +141,12 @@ def score_rows(
     """Of every sampled token, by the training forward without gradient: log q [N, C] and, with
     choices, the mean over q of their values and `ChoiceValues.mean_offset`, [N, C] each.
 
-    `micro_batches` are those of the first epoch: other shapes, other rounding, and in bfloat16 a
-    ratio that is not 1 on the first optimizer step.
+    `micro_batches` are the update's own of the first epoch: with other shapes logits would round
+    otherwise, and in bfloat16 the first ratio would not be 1.
     """
     parts, kept = [], [rows for rows in micro_batches if len(rows)]
     for rows in kept:
-        tokens, prompts = completions.tokens[rows], rows[:: rows_per_prompt(config)]
+        tokens, prompts = completions.tokens[rows], prompts_of(rows, config)
         scores = completion_scores(
             model,
             prompt_tokens[prompts],
@@ -161,7 +162,7 @@ def score_rows(
             part.append((scores.mass * choices.values[rows]).sum(dim=-1))
             part.append(choices.mean_offset(scores.mass, tokens))
         parts.append(part)
-    order = torch.cat(kept).argsort()  # they need not go through the rows in order
+    order = torch.cat(kept).argsort()  # minibatches go by prompt_places, in whatever order they are
     return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
 
 
@@ -186,6 +187,11 @@ def rows_per_prompt(config: GRPOConfig) -> int:
     return math.gcd(config.micro_batch_size, config.group_size)
 
 
+def prompts_of(rows: Tensor, config: GRPOConfig) -> Tensor:
+    """The prompt of each `rows_per_prompt` rows of a micro-batch: [M] -> [M / that]."""
+    return rows[:: rows_per_prompt(config)] // config.group_size
+
+
 def make_rollout(
     model: Transformer,
     reference: Transformer | None,
@@ -198,14 +204,12 @@ def make_rollout(
     """One rollout with the current weights, its text side, and the seconds of each phase."""
     began = time.perf_counter()
     device = next(model.parameters()).device
-    once, mask = prompts.placed(device)
-    tokens = repeat(once, "p l -> (p g) l", g=config.group_size)
-    mask = None if mask is None else repeat(mask, "p l -> (p g) l", g=config.group_size)
+    prompt_tokens, prompt_mask = prompts.placed(device)
     # Of any step: only later epochs are shuffled by it.
     first_epoch = islice(minibatches(prompt_places, config, 0), config.num_minibatches)
     size = config.micro_batch_size
     micro = [part for rows in first_epoch for part in torch.split(rows.to(device), size)]
-    old, ref, of_choices = None, None, list[Tensor]()
+    old, ref, choice_means = None, None, list[Tensor]()
     # Sampler and scorers round as the update does: same autocast, same micro-batches.
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         with gathered(model):
@@ -214,18 +218,22 @@ def make_rollout(
             choices = None
             if config.credit == "choice":
                 choices = choices_of(experience, model.config.vocab_size, task, config, reward)
-            is_old = config.num_epochs * config.num_minibatches > 1  # after the first of its steps
-            if is_old or choices is not None:
-                scored = score_rows(model, tokens, mask, completions, config, micro, choices)
-                old, of_choices = scored[0] if is_old else None, scored[1:]
+            needs_old = config.num_epochs * config.num_minibatches > 1  # after the first step
+            if needs_old or choices is not None:
+                scored = score_rows(
+                    model, prompt_tokens, prompt_mask, completions, config, micro, choices
+                )
+                old, choice_means = scored[0] if needs_old else None, scored[1:]
         if reference is not None:
             # It may be the trained model itself.
             with gathered(reference), adapters_off(reference):
-                (ref,) = score_rows(reference, tokens, mask, completions, config, micro)
-    advantages, credit = credited(experience, choices, of_choices, config)
+                (ref,) = score_rows(
+                    reference, prompt_tokens, prompt_mask, completions, config, micro
+                )
+    advantages, credit = credited(experience, choices, choice_means, config)
     rollout = Rollout(
-        prompt_tokens=tokens,
-        prompt_mask=mask,
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
         completion_tokens=completions.tokens,
         completion_mask=completions.mask,
         support=completions.support,
@@ -246,7 +254,7 @@ def make_rollout(
 def credited(
     acted: Experience,
     choices: ChoiceValues | None,
-    of_choices: Sequence[Tensor],
+    choice_means: Sequence[Tensor],
     config: GRPOConfig,
 ) -> tuple[Tensor, ChoiceCredit | None]:
     """Advantages [N]; with choices and what `score_rows` found of them [N, C], and the credit.
@@ -259,7 +267,7 @@ def credited(
         return group_advantages(rewards, config.group_size, config.advantage_std, everybodys), None
     scale = advantage_scale(rewards, config.group_size, config.advantage_std, everybodys)
     unit = repeat(scale, "p -> (p g)", g=config.group_size).to(tokens.device)
-    expected, mean_offsets = of_choices
+    expected, mean_offsets = choice_means
     later = later_values(choices, tokens, expected, config.credit_lambda)
     advantages = rearrange(unit, "n -> n 1") * later
     return advantages, ChoiceCredit(choices, unit.float(), mean_offsets)
@@ -270,8 +278,9 @@ def choices_of(
 ) -> ChoiceValues:
     """What choices of an experience would have been worth, on the model's device."""
     tokens = experience.completions.tokens
-    numbers, eos = token_values(task.tokenizer, vocab_size), int(task.tokenizer.eos_token_id)
-    simulator = ChoiceSimulator(numbers.to(tokens.device), eos, task.plant, task.cost, reward)
+    controls = control_values(task.tokenizer, vocab_size, task.plant, task.codec).to(tokens.device)
+    eos = int(task.tokenizer.eos_token_id)
+    simulator = ChoiceSimulator(controls, eos, task.plant, task.cost, reward)
     starts = experience.trajectories.states[:, 0].to(tokens.device)
     plans = simulator.plans_of(tokens, starts, config.group_size)
     is_whole = plans.num_written.cpu() > task.plant.horizon

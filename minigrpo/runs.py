@@ -266,7 +266,7 @@ class RunFolder:
         self._num_steps = 0
         self._is_running = False  # as STATUS says: a refusal to resume leaves the run as it was
 
-    def record_attempt(self, config: Mapping[str, Json], device: torch.device) -> None:
+    def record_attempt(self, stage: str, config: Mapping[str, Json], device: torch.device) -> None:
         """Write that this process runs, what it shall do, and with what.
 
         The first attempt's record is the run's, provenance.json.
@@ -275,7 +275,7 @@ class RunFolder:
         def write() -> None:
             self._is_running = True
             write_text(self.folder / "STATUS", "running\n")
-            record = {"config": config, **_provenance(device)}
+            record = {"stage": stage, "config": config, **_provenance(device)}
             name = _slurm_attempt() or time.strftime("%Y%m%d-%H%M%S")
             attempt, first = self.folder / "attempts" / name, self.folder / "provenance.json"
             while attempt.exists():  # twice within one job or second

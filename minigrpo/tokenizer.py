@@ -34,14 +34,7 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
 
     An ordinary Hugging Face fast tokenizer that splits at white space; `save_pretrained` writes it.
     """
-    steps = round(plant.control_bound * 10**codec.decimals)
-    if not math.isclose(steps, plant.control_bound * 10**codec.decimals):
-        raise ValueError(
-            f"control_bound must have {codec.decimals} decimals, or saturation has no token; "
-            f"got {plant.control_bound}"
-        )
-    grid = torch.arange(-steps, steps + 1, dtype=torch.float64) / 10**codec.decimals
-    numbers = dict.fromkeys(format_number(value, codec.decimals) for value in grid.tolist())
+    numbers = control_words(plant, codec)
     values = dict.fromkeys(plant.start_grid()[:, 0].tolist())  # with them every word of a prompt
     prompts = " ".join(prompt_text(torch.tensor([v, v]), plant, codec) for v in values)
     words = [word for word in dict.fromkeys(prompts.split()) if word not in numbers]
@@ -58,6 +51,20 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def control_words(plant: DoubleIntegrator, codec: Codec) -> dict[str, float]:
+    """Every control within the bound that the codec can write, m/s^2, by how it is written."""
+    steps = round(plant.control_bound * 10**codec.decimals)
+    if not math.isclose(steps, plant.control_bound * 10**codec.decimals):
+        raise ValueError(
+            f"control_bound must have {codec.decimals} decimals, or saturation has no token; "
+            f"got {plant.control_bound}"
+        )
+    words = (
+        format_number(i / 10**codec.decimals, codec.decimals) for i in range(-steps, steps + 1)
+    )
+    return {word: float(word) for word in words}
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -185,6 +192,19 @@ def token_values(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tensor:
         if re.fullmatch(r"-?\d+(\.\d+)?", token):
             values[index] = float(token)
     return values
+
+
+def control_values(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, plant: DoubleIntegrator, codec: Codec
+) -> Tensor:
+    """`token_values` of the tokens that an answer may hold, NaN for all others.
+
+    A prompt has other numbers if starts go beyond the control bound or have other decimals.
+    """
+    values, vocabulary = token_values(tokenizer, vocab_size), tokenizer.get_vocab()
+    is_control = torch.zeros(vocab_size, dtype=torch.bool)
+    is_control[[vocabulary[word] for word in control_words(plant, codec)]] = True
+    return torch.where(is_control, values, torch.nan)
 
 
 def number_kernel(values: Tensor, width: float) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from minigrpo.checkpoint import (
     Manifest,
     base_digest,
+    base_of,
     check_tokens,
     is_best,
     latest_checkpoint,
@@ -138,6 +139,7 @@ class Training:
         if start is not None:
             check_tokens(start, self.task)
             self.done = load_trainer(start, model, self.optimizer, self.manifest, self.base)
+            self.base = self.base or base_of(start)  # kept through steps without a reference
             saved = load_manifest(start).config
             self.changes = [
                 f"{name} {saved[name]} -> {value}"
@@ -146,7 +148,7 @@ class Training:
             ]
         run.cut_logs(self.done)
         self.history = [] if start is None else run.history()  # metrics of step 0, 1, ...
-        run.record_attempt(vars(config), self.device)
+        run.record_attempt(self.manifest.stage, vars(config), self.device)
 
     def describe(self, lines: Sequence[str]) -> None:
         """Print what will be done, before the first step."""

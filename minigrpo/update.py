@@ -25,7 +25,7 @@ from minigrpo.grpo import (
     merge_metrics,
 )
 from minigrpo.optim import apply_gradient, set_learning_rate
-from minigrpo.rollout import Rollout, minibatches, rows_of, rows_per_prompt
+from minigrpo.rollout import Rollout, minibatches, prompts_of, rows_of
 from minigrpo.scoring import completion_scores
 from minigrpo.transformer import Transformer
 
@@ -134,7 +134,7 @@ def accumulate_gradient(
         is_real = len(chosen) > 0
         chosen = chosen if is_real else nobody
         tokens, mask = rollout.completion_tokens[chosen], rollout.completion_mask[chosen] & is_real
-        prompts = chosen[:: rows_per_prompt(config)]
+        prompts = prompts_of(chosen, config)
         old = rows_of(rollout.old_logprobs, chosen)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             scores = completion_scores(

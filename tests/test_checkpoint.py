@@ -23,9 +23,11 @@ from torch.optim import AdamW
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_grpo
-from minigrpo import checkpoint
+import train_sft
+from minigrpo import checkpoint, training
 from minigrpo.checkpoint import (
     Manifest,
+    base_of,
     is_best,
     latest_checkpoint,
     load_manifest,
@@ -708,7 +710,51 @@ def test_a_run_is_not_resumed_with_another_kl_reference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="KL reference must be the one at hand"):
         train_grpo.main([*flags, "--resume", "--steps", "2"])
     train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0"])  # none is needed
-    train_grpo.main([*flags, "--resume", "--steps", "3", "--kl-beta", "0.1"])  # there was none
+    with pytest.raises(ValueError, match="KL reference must be the one at hand"):  # not forgotten
+        train_grpo.main([*flags, "--resume", "--steps", "3", "--kl-beta", "0.1"])
+
+
+def test_a_run_without_a_reference_so_far_may_get_one(tmp_path: Path) -> None:
+    sft = untrained_checkpoint(tmp_path / "sft")
+    flags = (
+        f"--init {sft} --save-dir {tmp_path / 'grpo'} --device cpu --prompts-per-step 3 "
+        "--num-minibatches 1 --group-size 2 --eval-cases 8 --temperature 1"
+    ).split()
+    train_grpo.main([*flags, "--kl-beta", "0", "--steps", "1"])
+    assert base_of(latest_checkpoint(tmp_path / "grpo")) is None
+    train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0.1"])
+    assert base_of(latest_checkpoint(tmp_path / "grpo")) is not None
+
+
+def test_a_run_that_saved_nothing_is_resumed_with_the_settings_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its first evaluation, say, which takes long with a large model."""
+    run = tmp_path / "run"
+    flags = (
+        "--horizon 2 --num-demonstrations 4 --batch-size 2 --width 8 --mlp-width 8 --steps 1 "
+        f"--eval-cases 8 --device cpu --save-dir {run}"
+    ).split()
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(training, "validation_metrics", killed)
+        train_sft.main([*flags, "--seed", "7"])
+    assert not (run / "minigrpo.json").exists()
+    with pytest.raises(ValueError, match="of stage grpo to be resumed"):
+        saved_config(run, "grpo")
+    train_sft.main(["--save-dir", str(run), "--resume", "--batch-size", "3"])
+    manifest = load_manifest(run)
+    assert (manifest.plant.horizon, manifest.config["seed"], manifest.config["width"]) == (2, 7, 8)
+    assert manifest.config["batch_size"] == 3 and manifest.sources["seed"] == "resume"
+
+    (run / "provenance.json").write_text("{}")
+    (run / "minigrpo.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"provenance.json must be the record of a run, got Key"):
+        saved_config(run, "sft")
 
 
 def test_a_model_without_a_manifest_is_to_be_trained_first(tmp_path: Path) -> None:

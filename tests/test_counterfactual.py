@@ -311,7 +311,7 @@ def test_later_values_are_a_slow_loops(credit_lambda: float) -> None:
     sums = torch.zeros(6, length, dtype=torch.float64)
     for n in range(6):
         for k in range(length):
-            for j in range(k + 1, min(length, int(written[n]) + 1)):
+            for j in range(k + 1, min(int(written[n]), 3) + 1):  # EOS at 3 is the last choice
                 chosen = level[n, j - 1] + values[n, j - 1] @ basis[tokens[n, j - 1]]
                 still_open = level[n, j] + expected[n, j]
                 sums[n, k] += credit_lambda ** (j - k) * float(still_open - chosen)

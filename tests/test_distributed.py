@@ -197,12 +197,12 @@ def make_rollout(places: Tensor) -> Rollout:
         -1
     )  # a support has no token twice; here, not the taken one
     old, reference = (-3 * torch.rand(shape, generator=generator).double() for _ in range(2))
-    prompts = torch.randint(VOCAB, (shape[0], 3), generator=generator)
+    prompts = torch.randint(VOCAB, (PROMPTS, 3), generator=generator)
     rows = torch.cat([torch.arange(GROUP) + place * GROUP for place in places.tolist()])
     width = int(lengths[rows].max())
     return Rollout(
-        prompt_tokens=prompts[rows],
-        prompt_mask=(torch.arange(3) >= (rows % 2).unsqueeze(-1)),
+        prompt_tokens=prompts[places],
+        prompt_mask=(torch.arange(3) >= (places % 2).unsqueeze(-1)),
         completion_tokens=tokens[rows, :width],
         completion_mask=(torch.arange(LENGTH) < lengths)[rows, :width],
         support=torch.cat([tokens.unsqueeze(-1), others], dim=-1)[rows, :width].int(),
@@ -227,9 +227,7 @@ def grpo_gradients(
         for i, config in enumerate(variants):
             rollout, model = make_rollout(torch.arange(rank(), PROMPTS, world_size())), make_model()
             if not is_padded:
-                first = rollout.prompt_tokens[::GROUP].repeat_interleave(GROUP, 0)
-                mask = torch.ones_like(rollout.prompt_mask)
-                rollout = replace(rollout, prompt_tokens=first, prompt_mask=mask)
+                rollout = replace(rollout, prompt_mask=torch.ones_like(rollout.prompt_mask))
             place_model(model, model.blocks, device, config.parallel)
             frozen, seen = torch.optim.SGD(model.parameters()), []
 

@@ -1,6 +1,7 @@
 """The plant against the matrix exponential, closed forms, superposition and scalar loops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,14 @@ def test_the_bound_itself_is_inside():
     start = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
     result = plant.simulate(start, torch.zeros(3, 1, dtype=torch.float64))
     assert result.num_violations.tolist() == [0, 0, 0]
+    # 0.64 + 0.065 + 0.168 + 0.127 is 1, and more than 1 in float64
+    controls = torch.tensor([[0.65, 1.68, 1.27]], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        reached = replace(plant, horizon=3).simulate(
+            torch.tensor([[-0.5, 0.64]], dtype=dtype), controls.to(dtype)
+        )
+        assert float(reached.states[0, 3, 1]) == pytest.approx(1.0, abs=1e-6)
+        assert int(reached.num_violations[0]) == 0
 
 
 def test_permuting_the_batch_permutes_the_result():

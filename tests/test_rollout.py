@@ -131,7 +131,7 @@ def test_each_completion_is_scored_on_its_own_start_and_compared_within_its_grou
         ended = bool(experience.completions.ended[n])
         by_hand.append(reward_by_hand(PROMPTS.texts[n // 3], text, ended))
         assert bool(experience.parsed.is_valid[n]) == (by_hand[-1] != 0)
-        assert torch.equal(rollout.prompt_tokens[n], PROMPTS.tokens[n // 3])
+        assert torch.equal(rollout.prompt_tokens[n // 3], PROMPTS.tokens[n // 3])
         assert torch.equal(experience.trajectories.states[n, 0], STARTS[n // 3])
     assert rollout.rewards.tolist() == pytest.approx(by_hand, abs=1e-12)
     assert by_hand.count(0.0) in range(1, 9)  # malformed rows exist, and they stay
@@ -190,7 +190,8 @@ def test_permuting_or_leaving_out_prompts_permutes_or_leaves_out_groups(
     part, text = rolled(config, chosen_prompts(places), torch.tensor(places), None, a_model(7))
     rows, width = rows_of(places), part.completion_tokens.shape[1]
     assert text.texts == [experience.texts[n] for n in rows]
-    for name in ("prompt_tokens", "rewards", "advantages"):
+    assert torch.equal(part.prompt_tokens, rollout.prompt_tokens[places])
+    for name in ("rewards", "advantages"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[rows]), name
     for name in ("completion_tokens", "completion_mask"):
         assert torch.equal(getattr(part, name), getattr(rollout, name)[rows, :width]), name
@@ -205,7 +206,7 @@ def test_padding_of_prompts_reaches_all_log_probs_and_no_mask_says_that_there_is
     mask[[1, 3], :2] = False
     config = replace(CONFIG, num_minibatches=2)
     rollout, done = rolled(config, replace(PROMPTS, mask=mask), reference=a_model(7))
-    assert torch.equal(rollout.prompt_mask, mask.repeat_interleave(3, 0))
+    assert torch.equal(rollout.prompt_mask, mask)
     parts = (rollout.completion_tokens, rollout.support, config.temperature)
     written = rollout.completion_mask
     for model, got in ((a_model(), rollout.old_logprobs), (a_model(7), rollout.ref_logprobs)):
@@ -472,7 +473,8 @@ def test_credit_for_choices_reaches_the_rollout_in_units_of_the_rewards(std, mon
     raw = choices_of(experience, VOCAB, TASK, config, final_distance)
     # The mean over q of every sampled position, by a loop over the vocabulary.
     tokens, mask = rollout.completion_tokens, rollout.completion_mask
-    everything = torch.cat([rollout.prompt_tokens, tokens[:, :-1]], dim=1)
+    of_rows = rollout.prompt_tokens.repeat_interleave(3, 0)
+    everything = torch.cat([of_rows, tokens[:, :-1]], dim=1)
     z = a_model()(everything, None, None, logits)[:, PROMPT_LENGTH - 1 :] / config.temperature
     expected = torch.zeros(mask.shape)
     for n, c in mask.nonzero().tolist():

@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 
 def finished_run(folder: Path, num_steps: int = 2) -> Path:
     with open_run(folder, overwrite=False, resume=False) as run:
-        run.record_attempt({"seed": 3}, CPU)
+        run.record_attempt("sft", {"seed": 3}, CPU)
         run.start(-1, num_steps)
         for step in range(num_steps + 1):
             run.log(step, {"loss/total": step / 4})
@@ -99,14 +99,14 @@ def test_a_run_leaves_its_record(tmp_path: Path) -> None:
 
 def test_the_status_is_running_until_the_run_says_otherwise(tmp_path: Path) -> None:
     with open_run(tmp_path, overwrite=False, resume=False) as run:
-        run.record_attempt({}, CPU)
+        run.record_attempt("sft", {}, CPU)
         assert (tmp_path / "STATUS").read_text() == "running\n"
         run.finish("stopped")
     assert (tmp_path / "STATUS").read_text() == "stopped\n"
     for status in ("stopped", "failed", "finished"):  # of an attempt that has not begun, and others
         with pytest.raises(ZeroDivisionError), open_run(tmp_path, False, True) as run:
             if status != "stopped":
-                run.record_attempt({}, CPU)
+                run.record_attempt("sft", {}, CPU)
                 assert (tmp_path / "STATUS").read_text() == "running\n"
             if status == "finished":
                 run.finish("finished")
@@ -122,7 +122,7 @@ def test_a_status_that_cannot_be_written_hides_no_error(
         raise OSError("full")
 
     with pytest.raises(ValueError, match="the first"), open_run(tmp_path, False, False) as run:
-        run.record_attempt({}, CPU)
+        run.record_attempt("sft", {}, CPU)
         monkeypatch.setattr(runs, "write_text", fail)
         raise ValueError("the first")
     assert not (tmp_path / "LOCK").exists()
@@ -450,7 +450,7 @@ def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tmp_path: Path) -
             assert (tmp_path / "LOCK").exists()
         assert not (tmp_path / "LOCK").exists()
     with open_run(tmp_path, overwrite=False, resume=False) as run:
-        run.record_attempt({}, CPU)
+        run.record_attempt("sft", {}, CPU)
         assert (tmp_path / "STATUS").read_text() == "running\n"
 
 
@@ -550,11 +550,11 @@ def test_each_attempt_has_a_record_of_its_own(
     }  # fmt: skip
     for attempt in range(2):
         with open_run(tmp_path, overwrite=False, resume=True) as run:
-            run.record_attempt({"steps": attempt}, CPU)
+            run.record_attempt("sft", {"steps": attempt}, CPU)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
     with open_run(tmp_path, overwrite=False, resume=True) as run:
-        run.record_attempt({"steps": 2}, CPU)
+        run.record_attempt("sft", {"steps": 2}, CPU)
     assert json.loads((tmp_path / "provenance.json").read_text())["config"] == {"steps": 0}
     first, *of_job = sorted((tmp_path / "attempts").iterdir(), key=lambda path: len(path.name))[
         ::-1
@@ -1028,7 +1028,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path: Path) -> None:
         train_grpo.main(["--save-dir", str(folder), "--resume", "--device=cpu", "--steps=2"])
     assert contents(folder) == before
     with suppress(ValueError), open_run(folder, overwrite=False, resume=True) as run:
-        run.record_attempt({}, CPU)
+        run.record_attempt("sft", {}, CPU)
         raise ValueError("of a run that has begun")
     assert (folder / "STATUS").read_text() == "failed\n"
 

@@ -278,7 +278,9 @@ def test_kill_9_at_any_instant_loses_nothing(
         log = folder / "metrics.jsonl"
         reached.append(log.read_bytes().count(b"\n") if log.exists() else 0)
     print("lines of metrics.jsonl at each kill:", reached)
-    assert exits.count(-9) == num_kills or num_steps == 8, "too few steps, or too late"
+    # The last of eight steps may be done before the last kill.
+    wanted = 1 if num_steps == 8 else num_kills
+    assert exits.count(-9) >= wanted, "too few steps, or too late"
     run_ranks(1, train, "grpo", [*flags, *RESUME])
     assert_same_run(folder, tmp_path / "undisturbed")
 

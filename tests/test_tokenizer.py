@@ -23,6 +23,7 @@ from minigrpo.hugging_face import save_transformer
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.prompts import Codec, parse_controls, prompt_text, render_controls, system_text
 from minigrpo.tokenizer import (
+    control_values,
     decode_completions,
     encode_completion,
     encode_prompt,
@@ -549,6 +550,23 @@ def test_number_features_are_near_for_near_numbers_and_zero_for_words():
     assert 0 < distance("1.20", "1.21") < distance("1.20", "1.25") < distance("1.20", "1.60")
     assert distance("1.20", "1.60") < distance("1.20", "-2.80")
     assert abs(distance("0.10", "0.11") - distance("-2.51", "-2.50")) < 1e-4  # the same anywhere
+
+
+def test_only_what_an_answer_may_hold_is_a_control():
+    """Starts beyond the control bound, or with other decimals, are numbers of prompts alone."""
+    for plant in (
+        DoubleIntegrator(horizon=1, control_bound=0.5),
+        DoubleIntegrator(horizon=1, start_decimals=1),
+    ):
+        tokenizer = number_tokenizer(plant, Codec())
+        size = len(tokenizer)
+        controls = control_values(tokenizer, size, plant, Codec())
+        bound, place = plant.control_bound, tokenizer.get_vocab()
+        wanted = torch.arange(-round(100 * bound), round(100 * bound) + 1).double() / 100
+        assert torch.equal(controls[~controls.isnan()].sort().values, wanted)
+        assert controls[place["0.50"]] == 0.5 and token_values(tokenizer, size).nan_to_num()[
+            place["0.8" if plant.start_decimals == 1 else "0.80"]
+        ] == pytest.approx(0.8)
 
 
 def test_a_word_that_begins_with_a_digit_is_no_number():

@@ -51,7 +51,7 @@ def a_rollout(
     """Prompts and completions of mixed length; what lies outside of the masks is garbage."""
     generator, num_rows = torch.Generator().manual_seed(2), PROMPTS * GROUP
     shape = (num_rows, LONGEST)
-    starts = torch.randint(4, (PROMPTS, 1), generator=generator).repeat_interleave(GROUP, 0)
+    starts = torch.randint(4, (PROMPTS, 1), generator=generator)
     lengths = torch.randint(1, LONGEST + 1, (num_rows, 1), generator=generator)
     lengths[3] = LONGEST
     order = torch.rand(*shape, VOCAB, generator=generator).argsort(dim=-1)
@@ -63,7 +63,7 @@ def a_rollout(
     rewards = torch.randn(num_rows, generator=generator, dtype=torch.float64)
     rewards[6:9] = 1.0  # a group that teaches nothing
     parts = {
-        "prompt_tokens": prompts.repeat_interleave(GROUP, 0),
+        "prompt_tokens": prompts,
         "prompt_mask": torch.arange(4) >= starts,
         "completion_tokens": order[..., 2],
         "completion_mask": mask,
@@ -89,7 +89,7 @@ def slow_logprobs(model: Transformer, rollout: Rollout, temperature: float) -> l
     """log q of each active token, one row at a time, without padding, over its own support."""
     found = []
     for n, length in enumerate(rollout.completion_mask.sum(dim=1).tolist()):
-        prompt = rollout.prompt_tokens[n][rollout.prompt_mask[n]]
+        prompt = rollout.prompt_tokens[n // GROUP][rollout.prompt_mask[n // GROUP]]
         completion = rollout.completion_tokens[n, :length]
         z = model(torch.cat([prompt, completion])[None], None, None, logits)[0] / temperature
         row = []
@@ -176,7 +176,7 @@ def test_the_gradient_with_choices_is_that_of_a_loop_over_all_tokens(
     drift = 0.3 * torch.randn(15, LONGEST, generator=generator, dtype=torch.float64)
     loss, old, num_near = torch.zeros(()).double(), torch.full((15, LONGEST), math.nan).double(), 0
     for n, length in enumerate(rollout.completion_mask.sum(dim=1).tolist()):
-        prompt = rollout.prompt_tokens[n][rollout.prompt_mask[n]]
+        prompt = rollout.prompt_tokens[n // GROUP][rollout.prompt_mask[n // GROUP]]
         taken = rollout.completion_tokens[n, :length]
         z = model(torch.cat([prompt, taken])[None], None, None, logits)[0] / CONFIG.temperature
         supports = every if rollout.support is None else rollout.support[n].tolist()
@@ -285,7 +285,7 @@ def test_choices_are_simulated_again_where_the_policy_has_moved_to() -> None:
     assert torch.equal(torch.cat([part.initial_states for part in seen]), plans.initial_states[9:])
     for i, n in enumerate(second.tolist()):
         length = int(rollout.completion_mask[n].sum())
-        prompt = rollout.prompt_tokens[n][rollout.prompt_mask[n]]
+        prompt = rollout.prompt_tokens[n // GROUP][rollout.prompt_mask[n // GROUP]]
         taken = rollout.completion_tokens[n, :length]
         with torch.no_grad():
             z = model(torch.cat([prompt, taken])[None], None, None, logits)[0] / 0.7
@@ -542,7 +542,7 @@ def test_entropy_and_the_log_prob_gap_are_those_of_a_slow_loop() -> None:
     now = max(abs(float(rows[n, t] - sampled[n, t])) for n, t in active)
     entropies = []
     for n, t in active:
-        prompt = rollout.prompt_tokens[n][rollout.prompt_mask[n]]
+        prompt = rollout.prompt_tokens[n // GROUP][rollout.prompt_mask[n // GROUP]]
         tokens = torch.cat([prompt, rollout.completion_tokens[n, :t]])
         with torch.no_grad():
             z = model(tokens[None], None, None, logits)[0, -1] / CONFIG.temperature
@@ -660,7 +660,6 @@ def test_a_gap_beyond_the_rounding_of_the_products_is_told(
 def play(model: Transformer, worth: Callable[[Tensor], Tensor], num_steps: int) -> float:
     """A bandit: two prompts, one token, `worth` of it is the reward -> probability of token 3."""
     prompts, mask = torch.tensor([[7, 5], [2, 6]]), torch.tensor([[False, True], [True, True]])
-    rows = torch.arange(2).repeat_interleave(16)
     config = replace(CONFIG, prompts_per_step=2, group_size=16, temperature=1.5)
     optimizer = adamw(model, 1.0, (0.9, 0.99), 0.0)
     acting, stop = ActingPolicy(1.5, 0.95, VOCAB), StopRule((0,), 0, 1)
@@ -669,8 +668,8 @@ def play(model: Transformer, worth: Callable[[Tensor], Tensor], num_steps: int) 
         done = sample_completions(model, prompts, mask, 16, acting, stop, uniforms)
         rewards = worth(done.tokens[:, 0]).double()
         rollout = Rollout(
-            prompt_tokens=prompts[rows],
-            prompt_mask=mask[rows],
+            prompt_tokens=prompts,
+            prompt_mask=mask,
             completion_tokens=done.tokens,
             completion_mask=done.mask,
             support=done.support,
