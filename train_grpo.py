@@ -83,11 +83,13 @@ def reward_function(
 
 
 def prompts_of_step(
-    training: Tensor, config: GRPOConfig, task: Task, step: int
+    training_grid: Tensor, config: GRPOConfig, task: Task, step: int
 ) -> tuple[Prompts, Tensor]:
     """This rank's prompts of one step, and their places among those of all ranks."""
     reach = linear(step, config.curriculum_steps, 0.25, 1.0) if config.curriculum_steps else 1.0
-    starts, indices = training_starts(training, config.seed, step, config.prompts_per_step, reach)
+    starts, indices = training_starts(
+        training_grid, config.seed, step, config.prompts_per_step, reach
+    )
     places = torch.arange(rank(), config.prompts_per_step, world_size())
     return make_prompts(starts[places], indices[places], task), places
 
@@ -168,15 +170,15 @@ def schedules(
     config: GRPOConfig, task: Task, step: int, training: Training
 ) -> tuple[GRPOConfig, float, RewardFunction]:
     """Settings of the acting policy, learning rate and reward of one step."""
-    acting = config
+    scheduled = config
     if config.final_temperature:
         ends = config.temperature, config.final_temperature
-        acting = replace(config, temperature=linear(step, config.steps - 1, *ends))
+        scheduled = replace(config, temperature=linear(step, config.steps - 1, *ends))
     rate = cosine_learning_rate(
         step, config.steps, config.learning_rate, config.warmup_steps, config.decay_steps
     )
     rate *= plateau_factor(training.column("reward/total"), config.plateau_patience)
-    return acting, rate, reward_function(config, task, training.column("rollout/final_error"))
+    return scheduled, rate, reward_function(config, task, training.column("rollout/final_error"))
 
 
 def settings(
@@ -248,14 +250,14 @@ def rollout_and_update(
     """
     began = time.perf_counter()
     model, task, run = training.model, training.task, training.run
-    acting, rate, reward = schedules(config, task, step, training)
+    scheduled, rate, reward = schedules(config, task, step, training)
     prompts, places = prompts_of_step(starts, config, task, step)
     rollout, experience, seconds = make_rollout(
-        model, training.reference, prompts, places, acting, task, reward
+        model, training.reference, prompts, places, scheduled, task, reward
     )
     updating = time.perf_counter()
     updated, skipped = update_policy(
-        model, training.optimizer, rollout, acting, step, rate, training.kernel
+        model, training.optimizer, rollout, scheduled, step, rate, training.kernel
     )
     metrics = rollout_metrics(rollout, experience) | updated | seconds
     metrics["time/update_s"] = time.perf_counter() - updating

@@ -1,7 +1,7 @@
 """Settings: one frozen dataclass a command, each field with its help and its range.
 
 Precedence: explicit flag, then (with --resume) the saved config, then the preset, then the field's
-default. A value out of range is a ValueError before anything loads. `--help` is the reference;
+default. A value out of range is a ValueError before any weights load. `--help` is the reference;
 nothing else describes a field.
 """
 
@@ -48,8 +48,8 @@ class Settings:
     )
     rows_per_batch: int = flag(
         512,
-        "rows decoded together, in evaluation too, which bounds the key-value cache; changes a "
-        "token only where rounding decides",
+        "rows decoded together, in evaluation too, which bounds the key-value cache; at least a "
+        "whole group; changes a token only where rounding decides",
         at_least=1,
     )
     seed: int = flag(
@@ -119,7 +119,7 @@ class RunSettings(Settings):
     overwrite: bool = flag(False, "delete the run that save_dir already holds")
     resume: bool = flag(
         False,
-        "go on from the newest complete checkpoint in save_dir, or start there if it is empty; "
+        "go on from the newest complete checkpoint in save_dir, or start there if it has none; "
         "`--resume auto` is the same",
     )
     eval_every: int = flag(
@@ -305,7 +305,9 @@ class GRPOConfig(RunSettings):
         "progress", "punishment is kept for comparison"
     )
     reward_baseline: float = flag(
-        50.0, "constant for valid text; cancels where all completions are valid", at_least=0
+        50.0,
+        "constant for valid text; cancels where no token that breaks the format has probability",
+        at_least=0,
     )
     reward_progress: float = flag(
         30.0, "weight of the share of the initial distance covered", at_least=0
@@ -313,7 +315,8 @@ class GRPOConfig(RunSettings):
     reward_proximity: float = flag(15.0, "weight of exp(-2 mean distance)", at_least=0)
     reward_terminal: float = flag(25.0, "weight of exp(-10 final error)", at_least=0)
     adaptive_terminal: bool = flag(
-        False, "the terminal term's rate follows performance: 1 / (final error of 10 rollouts)"
+        False,
+        "the terminal term's rate is 1 / (mean final error of the last 10 rollouts), at most 100",
     )
     reward_efficiency: float = flag(10.0, "weight of exp(-mean |u|)", at_least=0)
     reward_smoothness: float = flag(8.0, "weight of exp(-2 mean |u_k - u_{k-1}|)", at_least=0)

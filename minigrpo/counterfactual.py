@@ -6,7 +6,7 @@ rows (0 if there are none), and h_k what precedes choice k, of T + 1 choices:
 
     W_k(a) = R(u_0 ... u_{k-1}, a, v_{k+1} ... v_{T-1})    k < T, a a control
     W_T(EOS) = R(u_0 ... u_{T-1})                          to stop, once all controls are written
-    W_k(a) = R(malformed text)                             any other token; there the row ends
+    W_k(a) = R(malformed text)                             any other token; what follows gets none
     w_k = W_k(u_k), what was chosen      e_k = sum_a q(a | h_k) W_k(a), the choice still open
     F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1})                       `later_values`
 
@@ -14,12 +14,13 @@ rows (0 if there are none), and h_k what precedes choice k, of T + 1 choices:
 
 In other words: W is a Q-value, of the plan that goes on with v, e the value of a prefix, e_j -
 w_{j-1} a temporal difference, F a lambda-return of those to come. The first term is exact in the
-choice (all actions: Sutton et al. 2001; expected policy gradients, 1706.05374), with the
-counterfactual value of COMA (1705.08926), which here is computed and not learned. The second says
-how much better than v the policy's later choices are, in expectation, from where the row went. With
-lambda = 1, F_k is R - w_k minus terms w_j - e_j of mean 0, and the gradient that of E[R], exactly,
-for any W that depends on nothing which the row chose at k or later and is the reward itself for the
-choice that ends a row. It is so at the weights that sampled, for fixed supports and before the
+choice (all actions: Sutton et al. 2001; expected policy gradients, 1706.05374). One choice is
+varied and the rest held in the manner of COMA (1705.08926), but the later ones at v, not as the row
+took them, and the value is simulated, not learned. The second term says how much better than v the
+policy's later choices are, in expectation, from where the row went. With lambda = 1, F_k is R - w_k
+minus terms w_j - e_j of mean 0, and the gradient that of E[R], exactly, for any W that depends on
+nothing which the row chose at k or later and is the reward itself for the choice that ends a row.
+It is so at the weights that sampled, for fixed supports and before the
 division by s and by the number of tokens, as for any policy gradient here. A smaller lambda forgets
 what lies far behind k, bias for variance, since W takes later controls from v, which does not react
 to u_k; lambda = 0 is the first term alone. (Q(lambda) and Retrace, 1606.02647, sum the same
@@ -181,7 +182,7 @@ class ChoiceCredit:
     """What an update reads of a rollout's choices."""
 
     choices: ChoiceValues
-    unit: Annotated[Tensor, "N"]  # float32, advantages of one point of reward
+    unit: Annotated[Tensor, "N"]  # float32, 1 / (s + 1e-4) of the row's group
     mean_offsets: Annotated[Tensor, "N C"]  # `ChoiceValues.mean_offset` of the policy that sampled
 
     def __post_init__(self) -> None:
@@ -190,10 +191,10 @@ class ChoiceCredit:
     def expected_values(
         self, rows: Tensor, mass: Tensor, tokens: Tensor, mask: Tensor, is_simulated_again: bool
     ) -> Tensor:
-        """sum_a q(a) W(a) of some rows, in units of the advantages: mass [M, C, K] -> [M, C].
+        """sum_a q(a) (W(a) - level), in units of the advantages: mass [M, C, K] -> [M, C].
 
-        rows [M]; tokens and mask [M, C] are theirs. Simulated again, W is that of plans whose
-        controls have moved as their means have.
+        The level, equal for all a, has no gradient. rows [M]; tokens and mask [M, C] are theirs.
+        Simulated again, W is that of plans whose controls have moved as their means have.
         """
         choices, values = self.choices, self.choices.values[rows]
         if is_simulated_again:

@@ -1,6 +1,6 @@
 """Where the data come from: split of the start grid, LQR demonstrations, prompts, keyed randomness.
 
-Every draw is a pure function of (seed, purpose, step, prompt index): results do not depend on the
+Every draw is a pure function of (seed, purpose, step, prompt index): it does not depend on the
 number of ranks, and resuming needs no generator state.
 """
 

@@ -1,12 +1,12 @@
 """Several processes by torchrun; every function is the identity for one process, which has no
 process group.
 
-Rules: counts are summed over ranks before the first backward, gradients are summed once per
-optimizer step, decisions to stop or skip are agreed before anybody acts, and no collective stands
-inside an `if` that ranks may answer differently.
+Rules: counts are summed over ranks before the first backward, gradients once per optimizer step
+(with shards in every backward), decisions to stop or skip are agreed before anybody acts, and no
+collective stands inside an `if` that ranks may answer differently.
 
-With fully_shard (FSDP2) a rank keeps a part of each parameter, gathers a block when it computes
-with it, and sums gradients in every backward: all ranks run the same number of them.
+With fully_shard (FSDP2) a rank keeps a part of each parameter and gathers a block when it computes
+with it: all ranks run the same number of forward and backward passes.
 """
 
 from __future__ import annotations

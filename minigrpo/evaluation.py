@@ -390,14 +390,19 @@ def cases_csv(results: Results) -> str:
     """One line a start, policy and mode: what every number of the report can be computed from."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    measures = ("reward", "final_error", "cost", "is_valid", "num_violations", "num_invalid_texts")
-    writer.writerow(("position", "velocity", "policy", "mode", *measures))
+    names = ["reward", *(f"reward_{part}" for part in results["lqr"]["greedy"].rewards.components)]
+    names += ["final_error", "cost", "is_valid", "num_violations", "num_invalid_texts"]
+    writer.writerow(("position", "velocity", "policy", "mode", *names))
     for name, modes in results.items():
         for mode, ran in modes.items():
-            columns = [ran.states[:, 0, 0], ran.states[:, 0, 1], ran.rewards.total, ran.final_error]
+            columns = [ran.rewards.total, *ran.rewards.components.values(), ran.final_error]
             columns += [ran.cost, ran.is_valid.long(), ran.num_violations, ran.num_invalid_texts]
-            for position, velocity, *values in zip(*(c.tolist() for c in columns), strict=True):
-                writer.writerow((position, velocity, name, mode, *values))
+            starts, rows = (
+                ran.states[:, 0].tolist(),
+                zip(*(c.tolist() for c in columns), strict=True),
+            )
+            for start, row in zip(starts, rows, strict=True):
+                writer.writerow((*start, name, mode, *row))
     return file.getvalue()
 
 

@@ -7,7 +7,7 @@ g_1 ... g_K are the gradients of K independent rollouts at the same weights, of 
     needed = 0.49 / 0.51 trace / |g|^2                       n at which a rollout's cosine with the
                                                              mean gradient, sqrt(cosine), is 0.7
 Completions of a group share prompt and mean, so the last two hold for the group size at hand. The
-mean is the estimator's own: with credit for choices and lambda < 1 not quite that of E[R].
+mean is the estimator's own: with credit for each control and lambda < 1 not quite that of E[R].
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     A_i   = (R_i - mean_g R) / (std_g R + 1e-4)         group_advantages, once per rollout
     r_it  = exp(logprobs - old_logprobs)                exactly 1 on the first update
     l_it  = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)                policy_loss
-    kl_it = r (exp(x) - x - 1),  x = ref_logprobs - logprobs               reference_kl
-    loss  = sum_it w_it (l_it - g_it + kl_beta kl_it) / denominator        grpo_loss
-    g_it  = sum_a q(a) W(a) / (s + 1e-4) where r is within the clip bounds, 0 in value
-            with credit for choices alone (counterfactual.py): then A in l_it is of what came
-            after the choice; 1 / (s + 1e-4) is `advantage_scale`, as in A
+    kl_it = r (exp(-d) + d - 1),  d = logprobs - ref_logprobs              reference_kl
+    loss  = sum_it w_it (l_it - e_it + kl_beta kl_it) / denominator        grpo_loss
+    e_it  = sum_a q(a) W(a) / (s + 1e-4) where r is within the clip bounds, 0 in value
+            only with credit for each control (counterfactual.py); A in l_it is then of what
+            came after the token, and 1 / (s + 1e-4) is `advantage_scale`, as in A
 
     dapo      w = mask             denominator = active tokens
     grpo      w = mask / length_i  denominator = rows
@@ -26,11 +26,15 @@ Deviations from DeepSeekMath (2402.03300):
 - The default is a token mean over the step (dapo), not a mean per sequence; `grpo` restores it.
   DAPO's equation divides by the tokens of each group, then averages over prompts; all tokens of the
   optimizer step at once is what widespread implementations do.
-- Sample standard deviation plus 1e-4; a group whose rewards span less than 1e-6 gets exactly 0.
+- The reference stays the model of --init; Algorithm 1 of the paper renews it in each of its outer
+  iterations.
+- Sample standard deviation (the paper does not say which) plus 1e-4; a group whose rewards span
+  less than 1e-6 gets exactly 0.
 - Two clip bounds instead of one, and a kl_beta of 0.01 by default (tiny model 0.001), where 0 loads
   no reference.
-- With credit for choices a token's gradient is over all tokens there were, and its own term stops
-  where the ratio of the drawn one leaves the clip bounds, on either side and in either direction.
+- With credit for each control a token's gradient is over all tokens that could have been written,
+  and its own term stops where the ratio of the drawn one leaves the clip bounds, on either side and
+  in either direction.
 - The log ratio is clamped to +-20 before exp; a clamped token is counted, its policy gradient 0.
 """
 
@@ -49,7 +53,7 @@ Aggregation = Literal["dapo", "grpo", "dr_grpo"]
 
 STD_EPSILON = 1e-4
 CONSTANT_SPAN = 1e-6
-MAX_EXPONENT = 20.0
+MAX_EXPONENT = 20.0  # far beyond any clip bound, far below what exp overflows at in float32
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def group_advantages(
     s is the group's sample standard deviation (`group`), that of all raw rewards of the rollout
     (`batch`; `batch_rewards` holds those of all ranks, None: `rewards` are all), or A_i is not
     divided at all (`none`: Dr. GRPO, 2503.20783). A group of equal rewards gets exactly 0: the
-    rounding of its mean, divided by 1e-4, would be a signal. ValueError if N is no whole groups.
+    rounding of its mean, divided by 1e-4, would be a signal. ValueError if N is no multiple of
+    group_size.
     """
     scale = advantage_scale(rewards, group_size, advantage_std, batch_rewards)  # [P]
     scale = torch.where(constant_groups(rewards, group_size), 0.0, scale)
@@ -175,14 +180,15 @@ def grpo_loss(
 ) -> tuple[Tensor, LossMetrics]:
     """One micro-batch's share of the step's loss, to be added up; a scalar with a graph.
 
-    loss = sum_it w_it (l_it - g_it + kl_beta kl_it) / denominator
+    loss = sum_it w_it (l_it - e_it + kl_beta kl_it) / denominator
     logprobs, old_logprobs, ref_logprobs [M, C] nats; mask [M, C] bool; advantages [M], or [M, C]
     for per-token credit; denominator from `loss_denominator`, of the whole step.
     `old_logprobs` None: the rollout feeds exactly one optimizer step, old is `logprobs.detach()`.
     `ref_logprobs` None: no KL term. What lies outside the mask, NaN included, is never seen.
-    `expected_values` [M, C], in units of the advantages: sum_a q(a) W(a), what a choice is worth in
-    expectation over all tokens (`counterfactual`). Its gradient is subtracted where the ratio is
-    within the clip bounds, 0 in value; there `advantages` are of what came after the choice.
+    `expected_values` [M, C], in units of the advantages: sum_a q(a) W(a) up to a constant, what a
+    choice is worth in expectation over all tokens (`counterfactual`). Its gradient is subtracted
+    where the ratio is within the clip bounds, 0 in value; there `advantages` are of what came after
+    the choice.
     """
     names = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "expected_values")
     tensors = (logprobs, old_logprobs, ref_logprobs, advantages, expected_values)
@@ -260,12 +266,12 @@ def clip_binds(
 
 
 def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
-    """Per-token penalty with the value r k3 and the gradient r delta grad logprobs, [M, C] nats.
+    """Per-token penalty with the value r k3 and the gradient r d grad logprobs, [M, C] nats.
 
-    delta = logprobs - ref_logprobs. The expected gradient is that of KL(current, ref) at each
+    d = logprobs - ref_logprobs. The expected gradient is that of KL(current, ref) at each
     prefix, on and off policy (DeepSeek-V3.2, 2512.02556 eq. 7, differentiates r k3 with r inside).
-    Autograd through r k3 gives the same r delta as r k3 + r (1 - exp(-delta)), which cancels: at
-    delta = -50 nothing is left of it. Here it comes from a product that is 0 in value.
+    Autograd through r k3 gives the same r d as r k3 + r (1 - exp(-d)), which cancels: at d = -50
+    nothing is left of it. Here it comes from a product that is 0 in value.
     """
     held, weight = logprobs.detach(), ratio.detach()
     value = weight * k3_divergence(held, ref_logprobs)

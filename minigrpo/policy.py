@@ -199,9 +199,9 @@ def score_logits(
 
     The logits are z / temperature. With a support, gathered before the log-sum-exp: work over S
     values, not V.
-    With a basis [V, K] also sum_a q(a) basis[a], and its gradient: the mean of all that is linear
-    in the basis, such as the values of choices. The entropy takes a tenth of the time with a basis
-    and two thirds without.
+    With a basis [V, K], for credit for each control, also mass = sum_a q(a) basis[a]: a value
+    W(a) = w . basis[a] has the mean w . mass, with its gradient. The entropy takes a tenth of the
+    time with a basis and two thirds without.
     """
     places = rearrange(tokens, "m c -> m c 1")
     if support is None:

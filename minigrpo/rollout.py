@@ -327,7 +327,7 @@ def sample_records(
 ) -> list[SampleRecord]:
     """This rank's first two prompts with all that was made of them: for samples.jsonl.
 
-    With credit for choices a row has an advantage for each token, of what came after it.
+    With credit for each control a row has an advantage for each token, of what came after it.
     """
     size, components = rollout.group_size, experience.rewards.components
 

@@ -74,9 +74,9 @@ def sample_completions(
     Prompts are left-padded; a mask of None: not at all. `uniforms` [N, max_length] in [0, 1) decide
     every draw (None: greedy), so equal ones give equal tokens however the rows are batched; C is
     the longest completion, or more on a GPU and where functions are compiled.
-    Whole groups are decoded, at most `rows_per_batch` rows at a time, which bounds the cache; all
-    batches have one size, that of the same recorded graphs, for which the last may begin with
-    prompts of the one before.
+    Whole groups are decoded, at least one and else at most `rows_per_batch` rows at a time, which
+    bounds the cache. All batches have equally many prompts, so that recorded graphs fit them all:
+    the last may decode prompts of the one before again.
     """
     num_rows, length = len(prompt_tokens) * group_size, stop.max_length
     if uniforms is not None:

@@ -44,7 +44,7 @@ def update_policy(
     """num_epochs x num_minibatches optimizer steps on one rollout, all at this learning rate.
 
     Where a minibatch finds the policy further than `target_kl` from the one that sampled, it and
-    those after it are left out. With `optim.smooth_gradients` by the kernel.
+    those after it are left out. `optim.smooth_gradients` spreads gradients by the kernel.
 
     Returned, the same on all ranks: metrics (loss/..., update/..., policy/entropy and
     rollout/logprob_gap_max), and of each optimizer step whether it was skipped, because its

@@ -258,7 +258,7 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
         edges = [limits[key] for key in ("at_least", "at_most") if limits[key] is not None]
         for value in [*edges, *(choices if isinstance(choices, tuple) else ())]:
             assert isinstance(value, int | float | str)
-            # With credit for choices, the preset, one of the divisors is refused.
+            # With credit for each control, the preset, one of the divisors is refused.
             more = {"credit": "completion"} if name == "advantage_std" else {}
             more |= {"lora_rank": 1} if name == "lora_alpha" else {}
             assert getattr(resolve(kind, {name: value, **more}, "tiny").config, name) == value

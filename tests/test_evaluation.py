@@ -619,6 +619,9 @@ def test_the_script_writes_what_the_issue_asks_for(folders, capsys, tmp_path, mo
                 reward, cost = (sum(float(r[key]) for r in rows) for key in ("reward", "cost"))
                 assert reward / len(rows) == pytest.approx(summary["reward_mean"])
                 assert cost / costs == pytest.approx(summary["cost_ratio"])
+                for part in ("baseline", "terminal", "lqr", "validity"):
+                    mean = sum(float(row[f"reward_{part}"]) for row in rows) / len(rows)
+                    assert mean == pytest.approx(summary[f"reward_{part}"], abs=1e-12)
                 names = ("is_valid", "num_violations", "num_invalid_texts")
                 valid, violations, invalid = (sum(int(r[name]) for r in rows) for name in names)
                 assert violations / len(rows) == pytest.approx(summary["num_violations_mean"])
