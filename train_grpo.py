@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,23 +21,25 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minigrpo.checkpoint import Manifest, load_task, save_batch
 from minigrpo.config import GRPOConfig, Resolved, resolve
-from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
-from minigrpo.data import Prompts, Task, make_prompts, prompt_lengths, split_starts, training_starts
-from minigrpo.distributed import local_world_size, process_group, rank, world_size
-from minigrpo.gradient_signal import gradient_signal, rollout_gradient, signal_table
+from minigrpo.data import Task, split_starts
+from minigrpo.distributed import process_group
+from minigrpo.gradient_signal import measure_signal
 from minigrpo.hugging_face import load_transformer
-from minigrpo.memory import MemoryEstimate, Workload, check_memory, free_memory, memory_estimate
+from minigrpo.memory import check_memory, grpo_memory
 from minigrpo.optim import cosine_learning_rate, linear, plateau_factor
 from minigrpo.reward import RewardFunction, RewardWeights, breakdown_line, tally_rewards
-from minigrpo.rollout import make_rollout, rollout_metrics, rows_per_prompt, sample_records
-from minigrpo.runs import check_apart, run_command, set_matmul_precision
-from minigrpo.scoring import shared_from
+from minigrpo.rollout import (
+    check_batch,
+    make_rollout,
+    prompts_of_step,
+    rollout_metrics,
+    sample_records,
+)
+from minigrpo.runs import check_apart, run_command
 from minigrpo.training import Training, given_and_saved, opened, prepared
 from minigrpo.transformer import Transformer, TransformerConfig
 from minigrpo.update import MAX_SKIPPED_IN_A_ROW, skipped_in_a_row, update_policy, warnings_of
@@ -82,88 +83,9 @@ def reward_function(
     return partial(tally_rewards, kind=config.reward, horizon=horizon, weights=weights)
 
 
-def prompts_of_step(
-    training_grid: Tensor, config: GRPOConfig, task: Task, step: int
-) -> tuple[Prompts, Tensor]:
-    """This rank's prompts of one step, and their places among those of all ranks."""
-    reach = linear(step, config.curriculum_steps, 0.25, 1.0) if config.curriculum_steps else 1.0
-    starts, indices = training_starts(
-        training_grid, config.seed, step, config.prompts_per_step, reach
-    )
-    places = torch.arange(rank(), config.prompts_per_step, world_size())
-    return make_prompts(starts[places], indices[places], task), places
-
-
-def check_batch(config: GRPOConfig) -> None:
-    """ValueError unless every rank has a prompt in every minibatch."""
-    needed = config.num_minibatches * world_size()
-    if config.prompts_per_step < needed:
-        raise ValueError(
-            f"prompts_per_step must be at least num_minibatches x ranks = {needed}, "
-            f"got {config.prompts_per_step}: more of them, or a smaller num_minibatches"
-        )
-
-
 def build(config: GRPOConfig) -> Transformer:
     """The model of --init, with adapters if it gets any."""
     return prepared(load_transformer(Path(config.init)), config)
-
-
-def estimate_memory(
-    shape: TransformerConfig, task: Task, config: GRPOConfig, is_on_cuda: bool = False
-) -> MemoryEstimate:
-    """What a rollout, its update and a validation take on one rank."""
-    prompts = math.ceil(config.prompts_per_step / world_size())
-    of_minibatch = min(prompts, math.ceil(config.prompts_per_step / config.num_minibatches))
-    together = min(prompts, max(1, config.rows_per_batch // config.group_size))
-    validated = min(config.eval_cases, config.rows_per_batch)
-    num_rows, lengths = prompts * config.group_size, prompt_lengths(task)
-    is_shared = len(lengths) == 1 and max(lengths) >= shared_from(is_on_cuda)
-    work = Workload(
-        prompt_length=max(lengths),
-        completion_length=task.max_completion_length,
-        micro_rows=min(config.micro_batch_size, config.group_size * of_minibatch),
-        rows_per_prompt=rows_per_prompt(config) if is_shared else 1,
-        num_decoded=max(validated, together * config.group_size),
-        num_prefilled=max(validated, together),
-        num_rows=num_rows,
-        support_size=config.support_size if config.top_p < 1 else 0,
-        num_nodes=NUM_COLUMNS if config.credit == "choice" else 0,
-        num_simulated=min(num_rows, rows_at_once(is_on_cuda)),
-        has_reference=config.kl_beta > 0 and not config.lora_rank,
-        is_on_cuda=is_on_cuda,
-    )
-    return memory_estimate(shape, config, work, world_size(), local_world_size())
-
-
-def measure_signal(model: Transformer, config: GRPOConfig, task: Task) -> None:
-    """Print how far the gradients of the first rollouts agree, all at the weights of --init.
-
-    Without the KL term, whose gradient is 0 there. Nothing is trained and nothing is written.
-    """
-    once = replace(config, num_epochs=1, num_minibatches=1)
-    training, reward = split_starts(task.plant).training, reward_function(once, task)
-    needed, free = 4 * config.measure_signal * model.num_trained(), free_memory(torch.device("cpu"))
-    if needed > free:
-        raise ValueError(
-            f"measure_signal keeps {config.measure_signal} gradients, {needed / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} are free: fewer, or those of adapters alone, --lora-rank"
-        )
-    gradients = torch.empty(config.measure_signal, model.num_trained())  # [K, D], rank 0's
-    with process_group(config.device) as device:
-        check_batch(once)
-        set_matmul_precision(config.matmul_precision, device)
-        model.to(device)
-        hidden = None if rank() == 0 else True  # None: unless it is a terminal
-        for step in tqdm(range(config.measure_signal), unit="rollout", disable=hidden):
-            prompts, places = prompts_of_step(training, once, task, step)
-            rollout = make_rollout(model, None, prompts, places, once, task, reward)[0]
-            gradient = rollout_gradient(model, rollout, once)
-            if rank() == 0:
-                gradients[step] = gradient
-        if rank() == 0:
-            rows = config.prompts_per_step * config.group_size
-            print(signal_table(gradient_signal(gradients, rows)))
 
 
 def schedules(
@@ -214,12 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resolved, shape, task, origin = settings(arguments)
     config = resolved.config
     if config.measure_signal:
-        measure_signal(build(config), config, task)
+        measure_signal(build(config), config, task, reward_function(config, task))
         return
     with process_group(config.device) as device:
         # All that may refuse the run comes before --overwrite deletes the one that is there.
         check_batch(config)
-        estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
+        estimate = partial(grpo_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, device)
         model, reference = build(config), None
         if config.kl_beta > 0:  # with adapters it is the same model, seen without them

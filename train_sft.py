@@ -24,14 +24,13 @@ from minigrpo.data import (
     disturbances,
     keyed_generator,
     make_task,
-    prompt_lengths,
     split_starts,
 )
-from minigrpo.distributed import local_world_size, process_group, rank, world_size
+from minigrpo.distributed import process_group, rank, world_size
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.hugging_face import find_pretrained, load_shape, load_transformer
 from minigrpo.lqr import QuadraticCost
-from minigrpo.memory import MemoryEstimate, Workload, check_memory, memory_estimate
+from minigrpo.memory import check_memory, sft_memory
 from minigrpo.optim import cosine_learning_rate
 from minigrpo.prompts import Codec
 from minigrpo.runs import check_apart, run_command
@@ -91,23 +90,6 @@ def build(
     values = token_values(task.tokenizer, shape.vocab_size)
     initialise(model, generator, number_features(values, shape.width))
     return prepared(model, config)
-
-
-def estimate_memory(
-    shape: TransformerConfig, task: Task, config: SFTConfig, is_on_cuda: bool = False
-) -> MemoryEstimate:
-    """What a step and a validation of this run take on one rank."""
-    decoded = min(config.eval_cases, config.rows_per_batch)
-    work = Workload(
-        prompt_length=max(prompt_lengths(task)),
-        completion_length=task.max_completion_length,
-        micro_rows=min(config.micro_batch_size, math.ceil(config.batch_size / world_size())),
-        num_decoded=decoded,
-        num_prefilled=decoded,
-        is_perturbed=config.weight_noise > 0,
-        is_on_cuda=is_on_cuda,
-    )
-    return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
 def batch_of_step(data: SFTBatch, config: SFTConfig, step: int) -> SFTBatch:
@@ -173,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape, task, weights = describe(config)  # what it refuses leaves no folder behind
     with process_group(config.device) as device:
         # All that may refuse the run comes before --overwrite deletes the one that is there.
-        estimate = partial(estimate_memory, shape, task, is_on_cuda=device.type == "cuda")
+        estimate = partial(sft_memory, shape, task, is_on_cuda=device.type == "cuda")
         memory = check_memory(estimate, config, device)
         model = build(shape, task, weights, config)
         manifest = Manifest.of_run("sft", config.preset, task, resolved)

@@ -589,7 +589,8 @@ def attend_by(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
 
 def decode(item: Item, given: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
     """CUDA: attention of one new token a layer, and samplers: ms, share of the copy rate."""
-    from minigrpo.policy import ActingPolicy, draw, draw_untruncated, nucleus
+    from minigrpo.policy import ActingPolicy, draw, nucleus
+    from minigrpo.untruncated import draw_untruncated
 
     size, found = item.width // item.num_heads, {}
     copy = report.get("ceilings", {}).get("copy_gb_s", float("nan"))

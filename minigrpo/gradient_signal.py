@@ -13,15 +13,20 @@ mean is the estimator's own: with credit for each control and lambda < 1 not qui
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minigrpo.config import GRPOConfig
-from minigrpo.distributed import reduce_gradients
-from minigrpo.rollout import Rollout
+from minigrpo.data import Task, split_starts
+from minigrpo.distributed import process_group, rank, reduce_gradients
+from minigrpo.memory import free_memory
+from minigrpo.reward import RewardFunction
+from minigrpo.rollout import Rollout, check_batch, make_rollout, prompts_of_step
+from minigrpo.runs import set_matmul_precision
 from minigrpo.transformer import Transformer
 from minigrpo.update import accumulate_gradient
 
@@ -40,6 +45,38 @@ class GradientSignal:
     squared_norm: float  # |g|^2
     trace: float
     completions_needed: float  # inf without a positive |g|^2
+
+
+def measure_signal(
+    model: Transformer, config: GRPOConfig, task: Task, reward: RewardFunction
+) -> None:
+    """Print how far the gradients of the first rollouts agree, all at the weights of --init.
+
+    Without the KL term, whose gradient is 0 there. Nothing is trained and nothing is written.
+    """
+    once = replace(config, num_epochs=1, num_minibatches=1)
+    training = split_starts(task.plant).training
+    needed, free = 4 * config.measure_signal * model.num_trained(), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"measure_signal keeps {config.measure_signal} gradients, {needed / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} are free: fewer, or those of adapters alone, --lora-rank"
+        )
+    gradients = torch.empty(config.measure_signal, model.num_trained())  # [K, D], rank 0's
+    with process_group(config.device) as device:
+        check_batch(once)
+        set_matmul_precision(config.matmul_precision, device)
+        model.to(device)
+        hidden = None if rank() == 0 else True  # None: unless it is a terminal
+        for step in tqdm(range(config.measure_signal), unit="rollout", disable=hidden):
+            prompts, places = prompts_of_step(training, once, task, step)
+            rollout = make_rollout(model, None, prompts, places, once, task, reward)[0]
+            gradient = rollout_gradient(model, rollout, once)
+            if rank() == 0:
+                gradients[step] = gradient
+        if rank() == 0:
+            rows = config.prompts_per_step * config.group_size
+            print(signal_table(gradient_signal(gradients, rows)))
 
 
 def rollout_gradient(model: Transformer, rollout: Rollout, config: GRPOConfig) -> Tensor:

@@ -32,10 +32,13 @@ from typing import TypeVar
 
 import torch
 
-from minigrpo.config import RunSettings, Value
-from minigrpo.distributed import local_world_size, max_over_ranks
+from minigrpo.config import GRPOConfig, RunSettings, SFTConfig, Value
+from minigrpo.counterfactual import NUM_COLUMNS, rows_at_once
+from minigrpo.data import Task, prompt_lengths
+from minigrpo.distributed import local_world_size, max_over_ranks, world_size
 from minigrpo.lora import add_adapters
-from minigrpo.scoring import chunk_elements
+from minigrpo.rollout import rows_per_prompt
+from minigrpo.scoring import chunk_elements, shared_from
 from minigrpo.transformer import Transformer, TransformerConfig
 
 C = TypeVar("C", bound=RunSettings)
@@ -103,6 +106,50 @@ class MemoryEstimate:
 
         phases = ("model", "sampling", "update")
         return "\n".join(line(name, getattr(self, name)) for name in phases)
+
+
+def sft_memory(
+    shape: TransformerConfig, task: Task, config: SFTConfig, is_on_cuda: bool = False
+) -> MemoryEstimate:
+    """What a step and a validation of this run take on one rank."""
+    decoded = min(config.eval_cases, config.rows_per_batch)
+    work = Workload(
+        prompt_length=max(prompt_lengths(task)),
+        completion_length=task.max_completion_length,
+        micro_rows=min(config.micro_batch_size, math.ceil(config.batch_size / world_size())),
+        num_decoded=decoded,
+        num_prefilled=decoded,
+        is_perturbed=config.weight_noise > 0,
+        is_on_cuda=is_on_cuda,
+    )
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
+
+
+def grpo_memory(
+    shape: TransformerConfig, task: Task, config: GRPOConfig, is_on_cuda: bool = False
+) -> MemoryEstimate:
+    """What a rollout, its update and a validation take on one rank."""
+    prompts = math.ceil(config.prompts_per_step / world_size())
+    of_minibatch = min(prompts, math.ceil(config.prompts_per_step / config.num_minibatches))
+    together = min(prompts, max(1, config.rows_per_batch // config.group_size))
+    validated = min(config.eval_cases, config.rows_per_batch)
+    num_rows, lengths = prompts * config.group_size, prompt_lengths(task)
+    is_shared = len(lengths) == 1 and max(lengths) >= shared_from(is_on_cuda)
+    work = Workload(
+        prompt_length=max(lengths),
+        completion_length=task.max_completion_length,
+        micro_rows=min(config.micro_batch_size, config.group_size * of_minibatch),
+        rows_per_prompt=rows_per_prompt(config) if is_shared else 1,
+        num_decoded=max(validated, together * config.group_size),
+        num_prefilled=max(validated, together),
+        num_rows=num_rows,
+        support_size=config.support_size if config.top_p < 1 else 0,
+        num_nodes=NUM_COLUMNS if config.credit == "choice" else 0,
+        num_simulated=min(num_rows, rows_at_once(is_on_cuda)),
+        has_reference=config.kl_beta > 0 and not config.lora_rank,
+        is_on_cuda=is_on_cuda,
+    )
+    return memory_estimate(shape, config, work, world_size(), local_world_size())
 
 
 def memory_estimate(

@@ -21,15 +21,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from minigrpo.transformer import fused
-
-# Tokens of a block of the vocabulary, where draws and top-p go over it in two levels.
-BLOCK = 64
-LARGE_VOCABULARY = 64 * BLOCK
+from minigrpo.top_k import largest
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
     if acting.top_p == 1.0:
         logprobs, ones = F.log_softmax(scaled, dim=-1), torch.ones_like(scaled[:, 0])
         return Nucleus(None, logprobs, ones, torch.zeros_like(ones, dtype=torch.bool))
-    best, ids = _largest(scaled, min(acting.support_size, scaled.shape[-1]))  # [B, S]
+    best, ids = largest(scaled, min(acting.support_size, scaled.shape[-1]))  # [B, S]
     # One fused pass over V: on a CPU a third of the time of log-sum-exp.
     probs = F.softmax(scaled, dim=-1).gather(-1, ids)
     mass = probs.cumsum(dim=-1)  # [B, S]
@@ -78,56 +74,6 @@ def nucleus(logits: Tensor, acting: ActingPolicy) -> Nucleus:
     return Nucleus(ids.masked_fill(~kept, -1), F.log_softmax(inside, dim=-1), kept_mass, is_capped)
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, descending, equal ones by id, which topk leaves open."""
-    if values.is_cuda or values.shape[1] > LARGE_VOCABULARY:
-        return _largest_by_blocks(values, count)
-    best, ids = values.topk(min(count + 1, values.shape[1]), dim=-1)
-    tied = (best[:, 1:] == best[:, :-1]).any(dim=-1)  # also looks one past the cap
-    if tied.any():
-        again, order = torch.sort(values[tied], dim=-1, descending=True, stable=True)
-        best[tied], ids[tied] = again[:, : best.shape[1]], order[:, : best.shape[1]]
-    return best[:, :count], ids[:, :count]
-
-
-def _blocks(logits: Tensor) -> Tensor:
-    """[B, V] -> [B, V / BLOCK, BLOCK], filled up with -inf."""
-    missing = -logits.shape[-1] % BLOCK
-    filled = F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
-    return rearrange(filled, "b (n k) -> b n k", k=BLOCK)
-
-
-def _largest_by_blocks(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same without a look from the host, which a CUDA graph cannot wait for, and without a sort
-    of whole rows, of which most have ties where logits are bfloat16 (CPU, 32 rows of 49,152: 9
-    instead of 273 ms).
-
-    The `count` blocks with the largest maxima hold the `count` best tokens: every other block has
-    its best token below `count` others. So 8,192 values are sorted rather than 152,000.
-    """
-    blocks = _blocks(values)
-    chosen = _places_of_best(blocks.amax(dim=-1), min(count, blocks.shape[1]))
-    chosen = chosen.sort(dim=-1).values  # so that a place is smaller if and only if the id is
-    inside = blocks.gather(1, repeat(chosen, "b s -> b s k", k=BLOCK)).flatten(1)
-    places = _places_of_best(inside, count)  # [B, count]
-    ids = chosen.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
-    ids = ids.clamp(max=values.shape[-1] - 1)  # a negative NaN is below the -inf of the last block
-    return values.gather(-1, ids), ids
-
-
-def _places_of_best(values: Tensor, count: int) -> Tensor:
-    """Places [B, count] of the largest in float32, descending, the smaller place first if equal.
-
-    Bits of a float, those of a negative one turned round, are ordered as the floats are; times the
-    row's length, with the place behind, no two keys are equal.
-    """
-    bits = (values.float() + 0.0).view(torch.int32)  # -0 + 0 = 0
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    behind = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
-    keys = (ordered * values.shape[-1] + behind).topk(count, dim=-1).values
-    return values.shape[-1] - 1 - keys % values.shape[-1]
-
-
 def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token a row and its log q, both [B]: inverse CDF of q at uniforms [B] in [0, 1).
 
@@ -137,40 +83,13 @@ def draw(q: Nucleus, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         place = q.logprobs.argmax(dim=-1, keepdim=True)  # the first of equals
     else:
         cdf = F.softmax(q.logprobs, dim=-1).cumsum(dim=-1)  # on a CPU faster than exp
-        place = _first_above(cdf, rearrange(uniforms, "b -> b 1"))
+        place = first_above(cdf, rearrange(uniforms, "b -> b 1"))
     # It is filler only for NaN, which the sampler finds in the log-probs.
     tokens = place if q.support is None else q.support.gather(-1, place).clamp(min=0)
     return rearrange(tokens, "b 1 -> b"), rearrange(q.logprobs.gather(-1, place), "b 1 -> b")
 
 
-def draw_untruncated(
-    logits: Tensor, temperature: float | Tensor, uniforms: Tensor, is_fused: bool
-) -> tuple[Tensor, Tensor]:
-    """`draw` of q = p over a large vocabulary, which is read once: a block, then a token in it.
-
-    Sums are in float64 and so may the uniforms [B] be: in float32 most of the tail cannot be drawn.
-    """
-    norms = (fused(block_norms) if is_fused else block_norms)(logits, temperature)  # [B, n]
-    total = torch.logsumexp(norms, dim=-1, keepdim=True)  # [B, 1]
-    cdf = torch.exp((norms - total).double()).cumsum(dim=-1)
-    shares = rearrange(uniforms.double(), "b -> b 1")
-    chosen = _first_above(cdf, shares)  # [B, 1]
-    before, after = F.pad(cdf, (1, 0)).gather(-1, chosen), cdf.gather(-1, chosen)
-    inside = _blocks(logits).gather(1, repeat(chosen, "b 1 -> b 1 k", k=BLOCK))
-    scaled = tempered(rearrange(inside, "b 1 k -> b k"), temperature)
-    within = (shares * cdf[:, -1:] - before) / (after - before)  # what is left of the uniform
-    place = _first_above(F.softmax(scaled.double(), dim=-1).cumsum(dim=-1), within)
-    logq = scaled.gather(-1, place) - total
-    tokens = (chosen * BLOCK + place).clamp(max=logits.shape[-1] - 1)  # beyond it only for NaN
-    return rearrange(tokens, "b 1 -> b"), rearrange(logq, "b 1 -> b")
-
-
-def block_norms(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """log sum exp(z / temperature) over each block of the vocabulary, [B, V / BLOCK]."""
-    return torch.logsumexp(tempered(_blocks(logits), temperature), dim=-1)
-
-
-def _first_above(cdf: Tensor, shares: Tensor) -> Tensor:
+def first_above(cdf: Tensor, shares: Tensor) -> Tensor:
     """The first place [B, 1] at which the running sums [B, K] exceed a share [B, 1] of the last."""
     total = cdf[:, -1:].contiguous()
     # right=True steps over tokens of probability 0; the last possible one, the first that reaches

@@ -20,11 +20,19 @@ from torch import Tensor
 
 from minigrpo.config import GRPOConfig
 from minigrpo.counterfactual import ChoiceCredit, ChoiceSimulator, ChoiceValues, later_values
-from minigrpo.data import Prompts, Task, keyed_generator, token_uniforms
-from minigrpo.distributed import gather_rows, gathered, sum_over_ranks
+from minigrpo.data import (
+    Prompts,
+    Task,
+    keyed_generator,
+    make_prompts,
+    token_uniforms,
+    training_starts,
+)
+from minigrpo.distributed import gather_rows, gathered, rank, sum_over_ranks, world_size
 from minigrpo.double_integrator import Trajectories
 from minigrpo.grpo import advantage_scale, constant_groups, group_advantages
 from minigrpo.lora import adapters_off
+from minigrpo.optim import linear
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls, parse_controls
 from minigrpo.reward import RewardFunction, Rewards, tally_of
@@ -190,6 +198,28 @@ def rows_per_prompt(config: GRPOConfig) -> int:
 def prompts_of(rows: Tensor, config: GRPOConfig) -> Tensor:
     """The prompt of each `rows_per_prompt` rows of a micro-batch: [M] -> [M / that]."""
     return rows[:: rows_per_prompt(config)] // config.group_size
+
+
+def prompts_of_step(
+    training_grid: Tensor, config: GRPOConfig, task: Task, step: int
+) -> tuple[Prompts, Tensor]:
+    """This rank's prompts of one step, and their places among those of all ranks."""
+    reach = linear(step, config.curriculum_steps, 0.25, 1.0) if config.curriculum_steps else 1.0
+    starts, indices = training_starts(
+        training_grid, config.seed, step, config.prompts_per_step, reach
+    )
+    places = torch.arange(rank(), config.prompts_per_step, world_size())
+    return make_prompts(starts[places], indices[places], task), places
+
+
+def check_batch(config: GRPOConfig) -> None:
+    """ValueError unless every rank has a prompt in every minibatch."""
+    needed = config.num_minibatches * world_size()
+    if config.prompts_per_step < needed:
+        raise ValueError(
+            f"prompts_per_step must be at least num_minibatches x ranks = {needed}, "
+            f"got {config.prompts_per_step}: more of them, or a smaller num_minibatches"
+        )
 
 
 def make_rollout(

@@ -21,16 +21,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from minigrpo.policy import (
-    LARGE_VOCABULARY,
-    ActingPolicy,
-    draw,
-    draw_untruncated,
-    nucleus,
-    tempered,
-)
+from minigrpo.policy import ActingPolicy, draw, nucleus, tempered
 from minigrpo.shapes import check_record, check_shapes
+from minigrpo.top_k import LARGE_VOCABULARY
 from minigrpo.transformer import KVCache, Transformer, last_logits, product_dtype
+from minigrpo.untruncated import draw_untruncated
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""Scores of whole completions: one forward of the model, and q in few passes over the vocabulary.
+"""Scores of whole completions: one forward of the model, then `policy.score_logits`.
 
     completion_scores    the forward: a long prompt once for its rows, the head in chunks
-    score_all            `policy.score_logits` with a basis, its gradient by hand
-    score_untruncated    the same of a large vocabulary on a GPU, without a basis
     in_chunks            logits [M, C, V] that never exist all at once; for SFT as well
 
 M rows, P prompts, L prompt tokens, C completion tokens, S support cap, V vocabulary, E width.
@@ -12,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from einops import rearrange, repeat
@@ -22,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minigrpo.policy import TokenScores, score_logits, tempered
 from minigrpo.transformer import SharedPrompts, Transformer, fused
+from minigrpo.untruncated import score_all, score_untruncated
 
 T = TypeVar("T", bound=tuple[Tensor | None, ...])
 # Logits [M, C, V] with more elements are made in chunks of positions (`in_chunks`); on a GPU, where
@@ -136,113 +135,3 @@ def in_chunks(
     ]
     columns_found = zip(*pieces, strict=True)
     return cast(T, tuple(None if c[0] is None else torch.cat(c, dim=1) for c in columns_found))
-
-
-def score_untruncated(
-    logits: Tensor, tokens: Tensor, has_entropy: bool, is_fused: bool
-) -> TokenScores:
-    """`score_logits` of q = p over a large vocabulary on a GPU, in as few passes as it takes."""
-    places = rearrange(tokens, "m c -> m c 1")
-    logq, norm = _TakenLogProbs.apply(logits, places, is_fused)  # type: ignore[no-untyped-call]
-    entropy = None
-    if has_entropy:
-        with torch.no_grad():
-            entropy = (fused(entropy_of) if is_fused else entropy_of)(logits, norm)
-    return TokenScores(logq.sum(dim=-1), entropy)  # of one: fully_shard wants no view
-
-
-def score_all(logits: Tensor, tokens: Tensor, basis: Tensor, has_entropy: bool) -> TokenScores:
-    """`score_logits` of q = p with a basis, in fewer passes over V than autograd makes of it.
-
-    3,264 positions of 640 tokens with their gradient take 14 instead of 20 ms of a CPU core.
-    """
-    places = rearrange(tokens, "m c -> m c 1")
-    found = _AllChoices.apply(logits, places, basis, has_entropy)  # type: ignore[no-untyped-call]
-    return TokenScores(*found)
-
-
-class _AllChoices(torch.autograd.Function):
-    """log q(a), entropy and m_k = sum_b q(b) basis[b, k] of q = softmax(z), logits z [M, C, V].
-
-    d log q(a) / d z_b = [a = b] - q(b)      d m_k / d z_b = q(b) (basis[b, k] - m_k)
-
-    So one product with the basis and three passes over V make the gradient, and q is all that is
-    kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, places: Tensor, basis: Tensor, has_entropy: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        with torch.autocast(logits.device.type, enabled=False):
-            inside = F.log_softmax(tempered(logits, 1.0), dim=-1)  # [M, C, V]
-            q = inside.exp()
-            logq = inside.gather(-1, places).sum(dim=-1)  # of one, as above
-            entropy = None
-            if has_entropy:
-                finite = inside.clamp_(min=torch.finfo(inside.dtype).min)  # 0 * -inf is NaN
-                entropy = -finite.mul_(q).sum(dim=-1)
-            mass = q @ basis.to(q.dtype)
-        ctx.save_for_backward(q, places, basis, mass)
-        ctx.dtype = logits.dtype
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return logq, entropy, mass
-
-    @staticmethod
-    def backward(
-        ctx: Any, of_logq: Tensor, _: Tensor | None, of_mass: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        q, places, basis, mass = ctx.saved_tensors
-        taken = rearrange(of_logq, "m c -> m c 1")
-        gradient = of_mass @ basis.to(q.dtype).T  # [M, C, V]
-        gradient -= (of_mass * mass).sum(dim=-1, keepdim=True) + taken
-        gradient *= q
-        gradient.scatter_add_(-1, places, taken)
-        return gradient.to(ctx.dtype), None, None, None
-
-
-class _TakenLogProbs(torch.autograd.Function):
-    """log q(a) = z_a - log sum_b exp(z_b) and that norm, [M, C, 1], of logits z [M, C, V].
-
-    d log q(a) / d z_b = [a = b] - q(b)
-
-    Autograd would keep log q of all tokens in float32, and fill another such table with the zeros
-    around the one that was taken. Here the logits as they are and a number of each token are kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, places: Tensor, is_fused: bool) -> tuple[Tensor, Tensor]:
-        formula = fused(taken_log_probs) if is_fused else taken_log_probs
-        logq, norm = formula(logits, places)
-        ctx.save_for_backward(logits, places, norm)
-        ctx.mark_non_differentiable(norm)
-        ctx.is_fused = is_fused
-        return logq, norm
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        formula = fused(taken_gradient) if ctx.is_fused else taken_gradient
-        logits, places, norm = ctx.saved_tensors
-        return formula(logits, places, norm, gradient), None, None
-
-
-def taken_log_probs(logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """log q and norm of `_TakenLogProbs`."""
-    wide = tempered(logits, 1.0)
-    norm = torch.logsumexp(wide, dim=-1, keepdim=True)
-    return wide.gather(-1, places) - norm, norm
-
-
-def taken_gradient(logits: Tensor, places: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
-    """gradient times d log q / dz, in the dtype of the logits."""
-    is_taken = torch.arange(logits.shape[-1], device=logits.device) == places
-    q = (tempered(logits, 1.0) - norm).exp_()  # in place: one such table at a time
-    return q.neg_().add_(is_taken).mul_(gradient).to(logits.dtype)
-
-
-def entropy_of(logits: Tensor, norm: Tensor) -> Tensor:
-    """sum_b q(b) (norm - z_b), [M, C] nats."""
-    wide = tempered(logits, 1.0)
-    below = (norm - wide).clamp_(max=torch.finfo(wide.dtype).max)  # 0 * inf is NaN
-    return below.neg().exp_().mul_(below).sum(dim=-1)

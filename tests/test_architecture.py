@@ -19,25 +19,27 @@ EDGES = {
     "optim": "distributed transformer",
     "plots": "",
     "double_integrator": "shapes",
-    "policy": "transformer",
-    "scoring": "transformer policy",
+    "top_k": "",
+    "policy": "top_k",
+    "untruncated": "transformer top_k policy",
+    "scoring": "transformer policy untruncated",
     "lora": "distributed transformer hugging_face",
-    "memory": "config distributed transformer scoring lora",
     "runs": "distributed",
     "lqr": "shapes double_integrator",
     "prompts": "shapes double_integrator",
-    "sampling": "shapes transformer policy",
+    "sampling": "shapes transformer top_k policy untruncated",
     "reward": "shapes double_integrator lqr",
     "tokenizer": "double_integrator prompts",
     "counterfactual": "shapes double_integrator lqr reward",
     "data": "shapes double_integrator lqr prompts tokenizer",
     "sft": "config distributed transformer optim policy scoring tokenizer data",
-    "rollout": "config shapes counterfactual distributed transformer grpo double_integrator policy "
-    "scoring lora prompts sampling reward tokenizer data",
+    "rollout": "config shapes counterfactual distributed transformer grpo optim double_integrator "
+    "policy scoring lora prompts sampling reward tokenizer data",
+    "memory": "config counterfactual distributed transformer scoring lora data rollout",
     "evaluation": "config shapes distributed transformer double_integrator policy lqr prompts "
     "reward data rollout",
     "update": "config distributed transformer grpo optim scoring rollout",
-    "gradient_signal": "config distributed transformer rollout update",
+    "gradient_signal": "config distributed transformer memory runs reward data rollout update",
     "checkpoint": "config distributed transformer hugging_face double_integrator lora runs lqr "
     "prompts tokenizer data rollout",
     "training": "config distributed transformer lora optim runs tokenizer data evaluation "
@@ -55,7 +57,7 @@ DOORS = {
     "scipy": "lqr",
     "numpy": "data evaluation rollout plots",
     "matplotlib": "plots",
-    "tqdm": "runs",
+    "tqdm": "runs gradient_signal",
     "einops": "",
     "torch": "",
 }

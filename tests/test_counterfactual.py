@@ -25,9 +25,10 @@ from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.policy import score_logits
 from minigrpo.prompts import Codec
 from minigrpo.reward import Rewards, RewardWeights, Tally, tally_of, tally_rewards
-from minigrpo.scoring import completion_scores, score_all
+from minigrpo.scoring import completion_scores
 from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
+from minigrpo.untruncated import score_all
 
 PLANT = DoubleIntegrator(horizon=3, control_bound=1.0, start_decimals=1)
 TOKENIZER = number_tokenizer(PLANT, Codec("numbers", 1))

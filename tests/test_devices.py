@@ -20,7 +20,7 @@ from minigrpo.data import split_starts
 from minigrpo.evaluation import receding_horizon, validation_metrics
 from minigrpo.policy import ActingPolicy
 from minigrpo.prompts import ParsedControls
-from minigrpo.rollout import act, make_rollout, rollout_metrics
+from minigrpo.rollout import act, make_rollout, prompts_of_step, rollout_metrics
 from minigrpo.sampling import StopRule, _Batch, _Decoder, sample_completions
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 from minigrpo.update import update_policy
@@ -213,7 +213,7 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
     }  # fmt: skip
     config = GRPOConfig(**settings | changes)
     starts, reward = split_starts(task.plant), train_grpo.reward_function(config, task)
-    prompts, places = train_grpo.prompts_of_step(starts.training, config, task, 0)
+    prompts, places = prompts_of_step(starts.training, config, task, 0)
 
     def metrics(model: Transformer, device: torch.device) -> dict[str, float]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -248,7 +248,7 @@ def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):
         init=str(folder), prompts_per_step=5, group_size=2, rows_per_batch=4, top_p=1.0
     )
     starts, reward = split_starts(task.plant), train_grpo.reward_function(config, task)
-    prompts, _ = train_grpo.prompts_of_step(starts.training, config, task, 0)
+    prompts, _ = prompts_of_step(starts.training, config, task, 0)
     some = starts.validation[:5]
     assert len(some) == 5  # of the six that so small a plant has
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: num_graphs.append(1) or Graph())

@@ -22,6 +22,7 @@ from minigrpo.data import Task, make_task
 from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.lqr import QuadraticCost
 from minigrpo.prompts import Codec
+from minigrpo.rollout import prompts_of_step
 from minigrpo.tokenizer import number_tokenizer
 from minigrpo.training import Training
 
@@ -209,7 +210,7 @@ def test_starts_come_from_a_square_that_grows_with_the_curriculum() -> None:
     config, grid = GRPOConfig(curriculum_steps=4, prompts_per_step=500), task().plant.start_grid()
 
     def furthest(config: GRPOConfig, step: int) -> float:
-        prompts = train_grpo.prompts_of_step(grid, config, task(), step)[0]
+        prompts = prompts_of_step(grid, config, task(), step)[0]
         return float(prompts.initial_states.abs().max())
 
     assert [furthest(config, k) for k in (0, 2, 4)] == pytest.approx([0.2, 0.5, 0.8], abs=0.011)

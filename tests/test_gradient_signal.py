@@ -13,6 +13,7 @@ from torch import Tensor
 from watch import Watch
 
 import train_grpo
+from minigrpo import gradient_signal as signal_module
 from minigrpo.gradient_signal import gradient_signal, pair_mean, rollout_gradient, signal_table
 
 COMPLETIONS = 37
@@ -153,7 +154,7 @@ def test_the_command_measures_fresh_rollouts_and_writes_nothing(
         seen.append(gradients)
         return gradient_signal(gradients, num_completions)
 
-    monkeypatch.setattr(train_grpo, "gradient_signal", spy)
+    monkeypatch.setattr(signal_module, "gradient_signal", spy)
     flags = "--init sft --prompts-per-step 8 --group-size 5 --device cpu --micro-batch-size 7"
     train_grpo.main([*flags.split(), "--measure-signal", "4"])
     table = capsys.readouterr().out
@@ -183,8 +184,8 @@ def test_gradients_are_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert sum(one() is not None for one in made) <= 1
         return gradient_signal(gradients, num_completions)
 
-    monkeypatch.setattr(train_grpo, "rollout_gradient", gradient)
-    monkeypatch.setattr(train_grpo, "gradient_signal", signal)
+    monkeypatch.setattr(signal_module, "rollout_gradient", gradient)
+    monkeypatch.setattr(signal_module, "gradient_signal", signal)
     init = ["--init", str(untrained_checkpoint(tmp_path / "sft")), "--device", "cpu"]
     batch = ["--prompts-per-step", "2", "--num-minibatches", "1", "--group-size", "2"]
     train_grpo.main([*init, *batch, "--measure-signal", "5"])

@@ -24,7 +24,7 @@ from minigrpo.config import LORA_TARGETS, GRPOConfig
 from minigrpo.hugging_face import linear_parts
 from minigrpo.lora import AdaptedLinear, adapters, adapters_off, add_adapters, merged_weights
 from minigrpo.optim import adamw
-from minigrpo.rollout import make_rollout
+from minigrpo.rollout import make_rollout, prompts_of_step
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 
 RANK, ALPHA, ALL = 3, 7.0, ",".join(LORA_TARGETS)
@@ -179,7 +179,7 @@ def test_the_reference_of_a_rollout_is_a_second_copy_of_the_base(tmp_path: Path)
     adapted(model)
     config = GRPOConfig(prompts_per_step=4, group_size=2, micro_batch_size=3, num_minibatches=2)
     starts = task.plant.start_grid()
-    prompts, places = train_grpo.prompts_of_step(starts, config, task, 0)
+    prompts, places = prompts_of_step(starts, config, task, 0)
     reward = train_grpo.reward_function(config, task)
     mine, other = (
         make_rollout(model, reference, prompts, places, config, task, reward)[0]

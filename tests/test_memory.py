@@ -196,11 +196,11 @@ def test_prompts_are_counted_as_they_are_fed(
     def keep(shape: object, config: object, work: Workload, *_: object) -> None:
         counted.append(work)
 
-    monkeypatch.setattr(train_grpo, "memory_estimate", keep)
-    monkeypatch.setattr(train_grpo, "prompt_lengths", lambda task: lengths)
+    monkeypatch.setattr(memory, "memory_estimate", keep)
+    monkeypatch.setattr(memory, "prompt_lengths", lambda task: lengths)
     config = GRPOConfig(micro_batch_size=micro_batch_size, group_size=16)
     task = cast(Task, SimpleNamespace(max_completion_length=51))
-    train_grpo.estimate_memory(LLAMA, task, config, is_on_cuda)
+    memory.grpo_memory(LLAMA, task, config, is_on_cuda)
     assert (counted[0].rows_per_prompt, counted[0].prompt_length) == (shared_by, max(lengths))
 
 
@@ -213,32 +213,29 @@ def test_the_largest_micro_batch_is_counted(
 ) -> None:
     """Minibatches are whole groups, so one may be larger than its share of the rows."""
     counted: list[Workload] = []
-    monkeypatch.setattr(
-        train_grpo, "memory_estimate", lambda _, __, work, *___: counted.append(work)
-    )
-    monkeypatch.setattr(train_grpo, "prompt_lengths", lambda task: {5})
+    monkeypatch.setattr(memory, "memory_estimate", lambda _, __, work, *___: counted.append(work))
+    monkeypatch.setattr(memory, "prompt_lengths", lambda task: {5})
     config = GRPOConfig(
         prompts_per_step=prompts, group_size=group, num_minibatches=minibatches,
         micro_batch_size=micro,
     )  # fmt: skip
     task = cast(Task, SimpleNamespace(max_completion_length=51))
-    train_grpo.estimate_memory(LLAMA, task, config)
+    memory.grpo_memory(LLAMA, task, config)
     cut = [len(rows) for rows in rollout_minibatches(torch.arange(prompts), config, 0)]
     assert counted[0].micro_rows == min(micro, max(cut))
 
 
 def test_each_trainer_counts_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the first of three ranks, which has the most of a step."""
-    for trainer in (train_grpo, train_sft):
-        monkeypatch.setattr(trainer, "memory_estimate", lambda _, __, work, *___: work)
-        monkeypatch.setattr(trainer, "prompt_lengths", lambda task: {5, 9})
-        monkeypatch.setattr(trainer, "world_size", lambda: 3)
+    monkeypatch.setattr(memory, "memory_estimate", lambda _, __, work, *___: work)
+    monkeypatch.setattr(memory, "prompt_lengths", lambda task: {5, 9})
+    monkeypatch.setattr(memory, "world_size", lambda: 3)
     task = cast(Task, SimpleNamespace(max_completion_length=51))
 
     def counted(config: GRPOConfig | SFTConfig) -> Workload:
         if isinstance(config, GRPOConfig):
-            return cast(Workload, train_grpo.estimate_memory(LLAMA, task, config))
-        return cast(Workload, train_sft.estimate_memory(LLAMA, task, config))
+            return cast(Workload, memory.grpo_memory(LLAMA, task, config))
+        return cast(Workload, memory.sft_memory(LLAMA, task, config))
 
     config = GRPOConfig(
         prompts_per_step=28, group_size=4, micro_batch_size=8, eval_cases=50, rows_per_batch=30,

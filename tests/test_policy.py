@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minigrpo import policy
+from minigrpo import policy, top_k
 from minigrpo.policy import (
     ActingPolicy,
     Nucleus,
-    _largest_by_blocks,
     draw,
-    draw_untruncated,
     nucleus,
     score_logits,
 )
 from minigrpo.scoring import completion_scores
+from minigrpo.top_k import largest_by_blocks
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
+from minigrpo.untruncated import draw_untruncated
 
 
 def slow_nucleus(
@@ -61,7 +61,7 @@ def test_the_nucleus_is_that_of_a_slow_loop(
     kind, temperature, top_p, support_size, by_blocks, monkeypatch
 ):
     """By blocks as on a GPU, where a support may be larger than the vocabulary too."""
-    monkeypatch.setattr(policy, "LARGE_VOCABULARY", 0 if by_blocks else 17)
+    monkeypatch.setattr(top_k, "LARGE_VOCABULARY", 0 if by_blocks else 17)
     rows = rows_of(1, 31, 17, kind)
     q = nucleus(rows, ActingPolicy(temperature, top_p, support_size))
     for n, row in enumerate(rows.tolist()):
@@ -129,7 +129,7 @@ def test_draws_at_the_ends_and_next_to_impossible_tokens():
 def test_mass_lost_to_rounding_is_missed_by_every_token_alike():
     """A sum of 0.4 where 1 should be: rounding, exaggerated; uniforms cover what is there."""
     shares = (torch.arange(8).view(8, 1) + 0.5) / 8
-    places = policy._first_above(torch.tensor([[0.1, 0.2, 0.4]] * 8), shares)
+    places = policy.first_above(torch.tensor([[0.1, 0.2, 0.4]] * 8), shares)
     assert places.flatten().tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
@@ -433,7 +433,7 @@ def test_the_largest_by_blocks_are_those_of_a_stable_sort(vocab, count, scale):
     z[:, ::7] = -torch.inf
     z[0], z[1], z[1, ::2] = 0.0, -0.0, 0.0
     values, order = torch.sort(z, dim=-1, descending=True, stable=True)
-    best, ids = _largest_by_blocks(z, count)
+    best, ids = largest_by_blocks(z, count)
     assert torch.equal(best, values[:, :count])
     assert torch.equal(ids, order[:, :count])
 
@@ -445,7 +445,7 @@ def test_the_largest_by_blocks_tell_neighbouring_floats_apart():
     sizes = (near.view(-1, 1) + steps).flatten().view(torch.float32)
     values = torch.cat([sizes, -sizes])
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(13))
-    best, ids = _largest_by_blocks(values[order].view(1, -1), len(values))
+    best, ids = largest_by_blocks(values[order].view(1, -1), len(values))
     assert best[0].tolist() == sorted(values.tolist(), reverse=True)
     assert torch.equal(values[order][ids[0]], best[0])
 
@@ -454,7 +454,7 @@ def test_the_largest_by_blocks_tell_neighbouring_floats_apart():
 def test_the_largest_of_nans_are_places_of_the_vocabulary(sign):
     """A negative NaN is less than the -inf that fills the last block."""
     bad = torch.full((3, 67), math.nan).copysign(torch.tensor(sign))
-    _, ids = _largest_by_blocks(bad, 67)
+    _, ids = largest_by_blocks(bad, 67)
     assert 0 <= ids.min() and ids.max() < 67
 
 

@@ -25,7 +25,7 @@ from tiny import untrained_checkpoint
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import optim, runs, training
+from minigrpo import gradient_signal, optim, runs, training
 from minigrpo.checkpoint import published
 from minigrpo.data import split_starts
 from minigrpo.double_integrator import DoubleIntegrator
@@ -1233,7 +1233,7 @@ def test_a_run_is_judged_on_validation_starts_and_keeps_as_many_checkpoints_as_i
 def test_gradients_that_do_not_fit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_grpo, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(gradient_signal, "free_memory", lambda device: 2**20)
     init = str(untrained_checkpoint(tmp_path / "init"))
     with pytest.raises(ValueError, match=r"keeps 999 gradients, .* 0\.0 are free"):
         train_grpo.main([*FEW.split(), "--init", init, "--measure-signal=999"])

@@ -8,6 +8,7 @@ from minigrpo import scoring
 from minigrpo.policy import TokenScores, score_logits
 from minigrpo.scoring import completion_scores
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
+from minigrpo.untruncated import score_all, score_untruncated
 
 
 @pytest.mark.parametrize("is_banned", [False, True])
@@ -19,7 +20,7 @@ def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
         z[:, :, 7] = -torch.inf
     weights = torch.randn(2, 5, generator=generator).double()
     found = []
-    for way in (score_logits, scoring.score_untruncated):
+    for way in (score_logits, score_untruncated):
         rest = (None,) if way is score_logits else (True, False)
         leaf = z.clone().requires_grad_()
         scores = way(leaf, tokens, *rest)
@@ -29,15 +30,15 @@ def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
     for theirs, ours in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
     basis = torch.rand(13, 3, generator=generator)
-    assert torch.equal(scoring.score_all(z, tokens, basis, True).entropy, found[0][1])
-    assert scoring.score_untruncated(z, tokens, False, False).entropy is None
+    assert torch.equal(score_all(z, tokens, basis, True).entropy, found[0][1])
+    assert score_untruncated(z, tokens, False, False).entropy is None
     for way in (
-        lambda: scoring.score_all(z, tokens, basis, False),
+        lambda: score_all(z, tokens, basis, False),
         lambda: score_logits(z, tokens, None, basis, has_entropy=False),
     ):
         assert way().entropy is None and way().mass.shape == (2, 5, 3)
     half = z.bfloat16().requires_grad_()
-    scoring.score_untruncated(half, tokens, False, False).logprobs.sum().backward()
+    score_untruncated(half, tokens, False, False).logprobs.sum().backward()
     assert half.grad.dtype == torch.bfloat16
 
 
@@ -50,7 +51,7 @@ def test_choices_by_hand_are_as_exact_under_autocast_as_without():
     for is_mixed in (False, True):
         leaf = z.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-            scores = scoring.score_all(leaf, tokens, basis, True)
+            scores = score_all(leaf, tokens, basis, True)
         (scores.logprobs.sum() + scores.mass.square().sum()).backward()
         found.append((scores.logprobs.detach(), scores.entropy, scores.mass.detach(), leaf.grad))
     for plain, mixed in zip(*found, strict=True):
