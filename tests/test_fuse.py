@@ -10,7 +10,7 @@ from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.scoring import completion_scores
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 
-MODULES = ("transformer", "policy", "scoring")
+MODULES = ("transformer", "untruncated", "scoring")
 VOCAB, SUPPORT = 61, 9
 
 
