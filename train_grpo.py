@@ -126,6 +126,11 @@ def settings(
             "credit must be completion with codec style words, where a control is many tokens"
         )
     resolved = resolve(GRPOConfig, given, origin.preset, saved)
+    if resolved.config.credit == "choice" and task.plant.start_bound > task.plant.control_bound:
+        raise ValueError(
+            "credit must be completion where start_bound is above control_bound: an answer could "
+            "hold numbers of prompts, which have no value as a control"
+        )
     if resolved.config.gradient_smoothing_width > 0 and task.codec.style != "numbers":
         raise ValueError("gradient_smoothing_width must be 0 with codec style words")
     return resolved, shape, task, origin

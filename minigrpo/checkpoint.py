@@ -157,8 +157,9 @@ def load_manifest(folder: Path) -> Manifest:
         advice = "train_sft.py makes one, train_grpo.py trains it on"
         if (folder / "config.json").is_file():
             advice = f"train_sft.py --model {folder} --save-dir OTHER makes one of this model"
-        elif inner := sorted(folder.glob("*/minigrpo.json")):
-            advice = f"did you mean {inner[-1].parent}?"
+        elif inner := sorted(p.parent for p in folder.glob("*/minigrpo.json")):
+            whole = [other for other in inner if other.suffix != ".tmp"]  # no draft of a kill
+            advice = f"did you mean {whole[-1]}?" if whole else advice
         raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
     try:
         return Manifest.from_json(json.loads(path.read_text()))
@@ -167,23 +168,23 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def saved_config(folder: Path, stage: str) -> dict[str, Value] | None:
-    """The settings of the run in this folder at its newest save or, if it has none yet, at its
-    start; None where none was begun.
+    """The settings of the run in this folder at its newest checkpoint or, if it has none yet, at
+    its start; None where none was begun.
 
     ValueError: it is of another stage, or its published model is damaged, which the next evaluation
     would stumble over.
     """
-    newest, begun = _latest(folder) or folder, folder / "provenance.json"
-    if (newest / "minigrpo.json").is_file():
-        manifest = load_manifest(newest)
-        kind, config = manifest.stage, manifest.config
-    elif begun.is_file():
+    newest, begun = _latest(folder), folder / "provenance.json"
+    if newest is None and begun.is_file():
         try:
             record = typed(dict, json.loads(begun.read_text()), "provenance")
             kind, config = record["stage"], typed(dict, record["config"], "config")
         except (ValueError, KeyError, RecursionError) as error:
             found = f"{begun} must be the record of a run, got {error!r}"
             raise ValueError(f"{found}; --overwrite begins anew") from error
+    elif (place := newest or folder).joinpath("minigrpo.json").is_file():
+        manifest = load_manifest(place)
+        kind, config = manifest.stage, manifest.config
     else:
         return None
     if kind != stage:
@@ -393,7 +394,6 @@ def load_trainer(
     step = int(_metadata(folder / "model.safetensors", "step")["step"])
     path = folder / "trainer.safetensors"
     described = _metadata(path)
-    # A run that had no reference so far may get one: it starts to be kept then.
     if base is not None and (got := described.get("base", base)) != base:
         raise ValueError(
             f"{folder}: the base model or KL reference must be the one at hand, sha256 "

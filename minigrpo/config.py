@@ -166,7 +166,9 @@ class SFTConfig(RunSettings):
     model: str = flag(
         "", "folder or hub name of a pretrained model (Llama, Qwen2, Qwen3, SmolLM2 families)"
     )
-    save_dir: str = flag("ckpt/sft", "run folder; the best model lies at its top level")
+    save_dir: str = flag(
+        "ckpt/sft", "run folder, or $RUN_DIR; the best model lies at its top level"
+    )
     num_demonstrations: int = flag(
         1000, "LQR plans to imitate, a fixed set for the seed", at_least=1, at_most=20_000
     )
@@ -210,7 +212,9 @@ class GRPOConfig(RunSettings):
     init: str = flag(
         "ckpt/sft", "folder of the SFT model to start from, also the reference of the KL term"
     )
-    save_dir: str = flag("ckpt/grpo", "run folder; the best model lies at its top level")
+    save_dir: str = flag(
+        "ckpt/grpo", "run folder, or $RUN_DIR; the best model lies at its top level"
+    )
     measure_signal: int = flag(
         0,
         "measure the cosine between the gradients of that many independent rollouts and exit; "

@@ -6,7 +6,7 @@ rows (0 if there are none), and h_k what precedes choice k, of T + 1 choices:
 
     W_k(a) = R(u_0 ... u_{k-1}, a, v_{k+1} ... v_{T-1})    k < T, a a control
     W_T(EOS) = R(u_0 ... u_{T-1})                          to stop, once all controls are written
-    W_k(a) = R(malformed text)                             any other token; what follows gets none
+    W_k(a) = R(malformed text)                             any other token; the last that counts
     w_k = W_k(u_k), what was chosen      e_k = sum_a q(a | h_k) W_k(a), the choice still open
     F_k = sum_{j>k} lambda^(j-k) (e_j - w_{j-1})                       `later_values`
 
@@ -20,11 +20,11 @@ took them, and the value is simulated, not learned. The second term says how muc
 policy's later choices are, in expectation, from where the row went. With lambda = 1, F_k is R - w_k
 minus terms w_j - e_j of mean 0, and the gradient that of E[R], exactly, for any W that depends on
 nothing which the row chose at k or later and is the reward itself for the choice that ends a row.
-It is so at the weights that sampled, for fixed supports and before the
-division by s and by the number of tokens, as for any policy gradient here. A smaller lambda forgets
-what lies far behind k, bias for variance, since W takes later controls from v, which does not react
-to u_k; lambda = 0 is the first term alone. (Q(lambda) and Retrace, 1606.02647, sum the same
-residuals with lambda^(j-k-1).)
+It is so at the weights that sampled, for fixed supports and before the division by s and by the
+number of tokens, as for any policy gradient here. A smaller lambda forgets what lies far behind k,
+bias for variance, since W takes later controls from v, which does not react to u_k; lambda = 0 is
+the first term alone. (Q(lambda) and Retrace, 1606.02647, sum the same residuals with
+lambda^(j-k-1).)
 
 Values age. After an optimizer step the other controls of a row would no longer be those it was
 simulated with, and since all controls of a plan are told the same, they correct one error fifty
@@ -58,8 +58,8 @@ from minigrpo.shapes import check_record, check_shapes
 # are 0.009 and 0.03 apart (docs/tiny_model.md, "How finely values are known").
 OFFSETS = (-2.0, -0.4, -0.1, -0.03, -0.01, -0.003, 0.0, 0.003, 0.01, 0.03, 0.1, 0.4, 2.0)
 NUM_NODES = 201
-# Of the basis: nodes, EOS, any other word, and zeros, since with a multiple of 16 a product of q
-# and the basis takes 7 instead of 12 ms for 6,528 positions.
+# Of the basis: nodes, EOS, any other word, and zeros: a product of q and the basis is quicker with
+# a multiple of 16 (docs/speed.md).
 NUM_COLUMNS = 16 * math.ceil((NUM_NODES + 2) / 16)
 
 
@@ -115,7 +115,9 @@ class ChoiceValues:
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """values . basis of one token a position: [N, C] -> [N, C]."""
-        return (self.values * self.basis[tokens]).sum(dim=-1)
+        size = rows_at_once(tokens.is_cuda)  # not three tables [N, C, K] at once
+        parts = zip(torch.split(self.values, size), torch.split(tokens, size), strict=True)
+        return torch.cat([(values * self.basis[some]).sum(dim=-1) for values, some in parts])
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class ChoiceCredit:
     """What an update reads of a rollout's choices."""
 
     choices: ChoiceValues
-    unit: Annotated[Tensor, "N"]  # float32, 1 / (s + 1e-4) of the row's group
+    unit: Annotated[Tensor, "N"]  # float32, `grpo.advantage_scale` of the row's group
     mean_offsets: Annotated[Tensor, "N C"]  # `ChoiceValues.mean_offset` of the policy that sampled
 
     def __post_init__(self) -> None:

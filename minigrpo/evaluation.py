@@ -397,11 +397,8 @@ def cases_csv(results: Results) -> str:
         for mode, ran in modes.items():
             columns = [ran.rewards.total, *ran.rewards.components.values(), ran.final_error]
             columns += [ran.cost, ran.is_valid.long(), ran.num_violations, ran.num_invalid_texts]
-            starts, rows = (
-                ran.states[:, 0].tolist(),
-                zip(*(c.tolist() for c in columns), strict=True),
-            )
-            for start, row in zip(starts, rows, strict=True):
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            for start, row in zip(ran.states[:, 0].tolist(), rows, strict=True):
                 writer.writerow((*start, name, mode, *row))
     return file.getvalue()
 

@@ -1,7 +1,7 @@
 """Hugging Face folders in both directions: config.json, safetensors, the names of the weights.
 
 What is saved here `AutoModelForCausalLM` loads, and the other way round. A key of a config.json is
-used, known to say nothing about the forward, or an error. No code in a folder is ever executed.
+used, known to say nothing about the forward, or an error. No code in a folder is executed.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ constraints   -min(2 violations, 20); violations = controls written out of bound
 validity      10 (share of the T+1 states within both bounds) - 5                        -5..5
 
 So valid text has more than 10, and malformed text has 0 in every component. The baseline cancels in
-the advantages where all text is valid; in a mixed group it is the margin of valid over malformed,
-and with any malformed text it is in the standard deviation that advantages are divided by.
+the advantages where no token that breaks the format has probability; in a mixed group it is the
+margin of valid over malformed, and with any malformed text it is in the standard deviation that
+advantages are divided by.
 
-The 10 of `terminal` is `terminal_rate`, which --adaptive-terminal sets to 1 / (final error of the
-last rollouts): the term then resolves errors of the size that the policy makes.
+The 10 of `terminal` is `terminal_rate`, which --adaptive-terminal sets to 1 / (mean final error of
+the last ten rollouts), at most 100: the term then resolves errors of the size that the policy
+makes.
 
 Punishment: -cost / 10, + 50 for d_T < 0.05 or 25 for d_T < 0.1, -10 for each violation, uncapped;
 malformed text has -10. Unbounded and stepped, it pays for breaking the format: without any control

@@ -266,15 +266,20 @@ class RunFolder:
         self._num_steps = 0
         self._is_running = False  # as STATUS says: a refusal to resume leaves the run as it was
 
-    def record_attempt(self, stage: str, config: Mapping[str, Json], device: torch.device) -> None:
+    def record_attempt(
+        self,
+        stage: str,
+        config: Mapping[str, Json],
+        device: torch.device,
+        is_start: bool = False,
+    ) -> None:
         """Write that this process runs, what it shall do, and with what.
 
-        The first attempt's record is the run's, provenance.json.
+        The record of the first attempt is the run's, provenance.json, or that of the last one which
+        started at its beginning.
         """
 
         def write() -> None:
-            self._is_running = True
-            write_text(self.folder / "STATUS", "running\n")
             record = {"stage": stage, "config": config, **_provenance(device)}
             name = _slurm_attempt() or time.strftime("%Y%m%d-%H%M%S")
             attempt, first = self.folder / "attempts" / name, self.folder / "provenance.json"
@@ -283,8 +288,10 @@ class RunFolder:
             attempt.mkdir(parents=True)
             described = record | {"environment": _cluster_variables()}
             write_text(attempt / "attempt.json", to_json(described, indent=2) + "\n")
-            if not first.exists():
+            if is_start or not first.exists():
                 write_text(first, to_json(record, indent=2) + "\n")
+            self._is_running = True
+            write_text(self.folder / "STATUS", "running\n")
 
         on_rank_zero(write)
 
@@ -301,7 +308,8 @@ class RunFolder:
                 if name == "metrics.jsonl" and len(lines) != step + 1:
                     raise ValueError(
                         f"{path} must have a line for each step from 0 to {step}, where the newest "
-                        f"checkpoint is, got {len(lines)}: put back a whole one, or --overwrite"
+                        f"checkpoint is, got {len(lines)}: put back a whole one, delete the "
+                        f"checkpoints after step {len(lines) - 1}, or --overwrite"
                     )
                 if path.exists():
                     write_text(path, "".join(lines))
@@ -468,6 +476,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if signal.getsignal(number) == signal.SIG_IGN:  # in the background of a script
+                continue
             previous = signal.signal(number, self._on_signal)
             self._restore.callback(signal.signal, number, previous)
         return self

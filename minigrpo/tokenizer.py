@@ -201,10 +201,10 @@ def control_values(
 
     A prompt has other numbers if starts go beyond the control bound or have other decimals.
     """
-    values, vocabulary = token_values(tokenizer, vocab_size), tokenizer.get_vocab()
-    is_control = torch.zeros(vocab_size, dtype=torch.bool)
-    is_control[[vocabulary[word] for word in control_words(plant, codec)]] = True
-    return torch.where(is_control, values, torch.nan)
+    values, vocabulary = torch.full((vocab_size,), torch.nan).double(), tokenizer.get_vocab()
+    for word, control in control_words(plant, codec).items():
+        values[vocabulary[word]] = control
+    return values
 
 
 def number_kernel(values: Tensor, width: float) -> Tensor:

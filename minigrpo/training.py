@@ -148,7 +148,9 @@ class Training:
             ]
         run.cut_logs(self.done)
         self.history = [] if start is None else run.history()  # metrics of step 0, 1, ...
-        run.record_attempt(self.manifest.stage, vars(config), self.device)
+        if start is None and self.base is None and self.manifest.stage == "grpo":
+            self.base = base_digest(model)  # what a reference would be, if it gets one later
+        run.record_attempt(self.manifest.stage, vars(config), self.device, is_start=start is None)
 
     def describe(self, lines: Sequence[str]) -> None:
         """Print what will be done, before the first step."""
@@ -160,10 +162,13 @@ class Training:
             warmup, steps = self.config.warmup_steps, self.config.steps
             if warmup > steps:
                 print(f"warning: warm-up takes {warmup} of {steps} steps, so the rate stays lower")
+            if self.config.resume and self.done < 0:
+                print(f"nothing to resume in {self.run.folder}: the run starts with these settings")
             if self.changes:
                 print(f"changed after step {self.done}: {', '.join(self.changes)}")
             if self.done >= 0 and self.is_finished():
-                print(f"finished at step {self.done} already, nothing is trained: more --steps?")
+                more = "more --steps" if self.done >= steps else "a larger --stop-patience"
+                print(f"finished at step {self.done} already, nothing is trained: {more}?")
 
     def column(self, name: str) -> list[float]:
         """One metric of the steps so far that have it, in order."""
@@ -199,10 +204,10 @@ class Training:
         """
         config, metrics = self.config, dict(metrics)
         self.done += 1
-        self.is_stopped = any_rank(self.stop.requested())
         is_last = self.done == config.steps
         if not failure and (is_last or self.done % config.eval_every == 0):
             metrics |= self._evaluate()
+        self.is_stopped = any_rank(self.stop.requested())
         self.run.log(self.done, metrics)
         self.history.append(metrics)
         if failure:

@@ -27,6 +27,7 @@ import train_sft
 from minigrpo import checkpoint, training
 from minigrpo.checkpoint import (
     Manifest,
+    base_digest,
     base_of,
     is_best,
     latest_checkpoint,
@@ -42,6 +43,7 @@ from minigrpo.checkpoint import (
 )
 from minigrpo.data import Task, make_task
 from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.hugging_face import load_transformer
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.optim import adamw
 from minigrpo.prompts import Codec
@@ -714,20 +716,28 @@ def test_a_run_is_not_resumed_with_another_kl_reference(tmp_path: Path) -> None:
         train_grpo.main([*flags, "--resume", "--steps", "3", "--kl-beta", "0.1"])
 
 
-def test_a_run_without_a_reference_so_far_may_get_one(tmp_path: Path) -> None:
+def test_a_run_without_a_reference_so_far_may_get_that_it_began_from(tmp_path: Path) -> None:
     sft = untrained_checkpoint(tmp_path / "sft")
     flags = (
         f"--init {sft} --save-dir {tmp_path / 'grpo'} --device cpu --prompts-per-step 3 "
         "--num-minibatches 1 --group-size 2 --eval-cases 8 --temperature 1"
     ).split()
     train_grpo.main([*flags, "--kl-beta", "0", "--steps", "1"])
-    assert base_of(latest_checkpoint(tmp_path / "grpo")) is None
+    base = base_of(latest_checkpoint(tmp_path / "grpo"))
+    assert base == base_digest(load_transformer(sft))
     train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0.1"])
-    assert base_of(latest_checkpoint(tmp_path / "grpo")) is not None
+    assert base_of(latest_checkpoint(tmp_path / "grpo")) == base
+    shutil.rmtree(tmp_path / "grpo")
+    train_grpo.main([*flags, "--kl-beta", "0", "--steps", "1"])
+    weights = load_file(sft / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-6
+    save_file(weights, sft / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="KL reference must be the one at hand"):
+        train_grpo.main([*flags, "--resume", "--steps", "2", "--kl-beta", "0.1"])
 
 
 def test_a_run_that_saved_nothing_is_resumed_with_the_settings_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed in its first evaluation, say, which takes long with a large model."""
     run = tmp_path / "run"
@@ -739,9 +749,11 @@ def test_a_run_that_saved_nothing_is_resumed_with_the_settings_it_began_with(
     def killed(*_: object) -> None:
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(training, "validation_metrics", killed)
-        train_sft.main([*flags, "--seed", "7"])
+    for more in (["--seed", "3"], ["--resume", "--seed", "7"]):  # the last attempt counts
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(training, "validation_metrics", killed)
+            train_sft.main([*flags, *more])
+        assert "nothing to resume" in capsys.readouterr().out or "--seed" in more[:1]
     assert not (run / "minigrpo.json").exists()
     with pytest.raises(ValueError, match="of stage grpo to be resumed"):
         saved_config(run, "grpo")

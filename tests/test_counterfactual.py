@@ -395,11 +395,12 @@ def test_neither_mean_values_nor_their_gradient_depend_on_chunks(
     assert found[0][1].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("noise", "bound"), [(0.1, 0.1), (0.01, 0.2)])
+@pytest.mark.parametrize(("noise", "bound"), [(0.1, 0.1), (0.01, 0.12)])
 def test_values_are_close_to_those_of_every_control_there_is(noise: float, bound: float) -> None:
     """On the plant of the demo, near plans as a policy draws them after SFT, and after GRPO.
 
-    A coarser grid fails: for the policy that is sure, nodes 0.1 m/s^2 apart, stored or simulated.
+    A coarser grid fails, for the policy that is sure one with a fifth fewer nodes, or without those
+    at 0.009 m/s^2.
     """
     plant, size = DoubleIntegrator(), 4
     codec = Codec()

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 import evaluate
 import train_grpo
 import train_sft
-from minigrpo import checkpoint, distributed, scoring, training
+from minigrpo import checkpoint, distributed, gradient_signal, scoring, training
 from minigrpo.config import GRPOConfig, SFTConfig
 from minigrpo.data import SFTBatch
 from minigrpo.distributed import (
@@ -491,13 +491,13 @@ def test_a_grpo_run_is_the_same_on_any_number_of_ranks(
 
 def measurement_of_run(flags: list[str]) -> tuple[list[Tensor], str]:
     """The gradients that this rank has measured, and what it prints."""
-    measure, found = train_grpo.rollout_gradient, []
+    measure, found = gradient_signal.rollout_gradient, []
 
     def spy(*arguments: object) -> Tensor:
         found.append(measure(*arguments))  # type: ignore[arg-type]
         return found[-1]
 
-    train_grpo.rollout_gradient = spy  # type: ignore[assignment]
+    gradient_signal.rollout_gradient = spy  # type: ignore[assignment]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train_grpo.main(flags)
     return found, printed.getvalue()

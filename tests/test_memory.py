@@ -63,7 +63,8 @@ def loss_of(model: Transformer, prompts: Tensor, completions: Tensor, kind: str)
     support[:, :, 0] = completions
     mask = torch.ones_like(prompts, dtype=torch.bool)
     if kind == "values":  # of choices
-        values, basis = torch.ones(*completions.shape, 9), torch.ones(model.config.vocab_size, 9)
+        values = torch.ones(*completions.shape, NUM_COLUMNS)
+        basis = torch.ones(model.config.vocab_size, NUM_COLUMNS)
         scores = completion_scores(model, prompts, mask, completions, None, 1.5, basis)
         assert scores.mass is not None
         return scores.logprobs.sum() + (scores.mass * values).sum()
@@ -328,7 +329,7 @@ def test_an_update_takes_what_is_estimated(
     completions = some_tokens(rows, length[1], high=shape.vocab_size)
     work = Workload(
         *length, rows, 0, 0, shared_by, num_rows=rows * (kind == "values"),
-        support_size=16 * (kind == "support"), num_nodes=9 * (kind == "values"),
+        support_size=16 * (kind == "support"), num_nodes=NUM_COLUMNS * (kind == "values"),
     )  # fmt: skip
     estimate = memory_estimate(shape, config, work)
     with Watch(*model.parameters(), prompts, completions) as watch:

@@ -86,6 +86,11 @@ def test_the_token_that_crosses_is_kept_and_the_next_one_is_not():
             assert is_cut.tolist() == [size < len(expected)]
 
 
+def test_a_top_p_of_nothing_keeps_the_most_probable_token():
+    q = nucleus(torch.tensor([[0.0, 3.0, 1.0]]), ActingPolicy(1.0, 1e-46, 2))  # 0 in float32
+    assert q.support.tolist() == [[1, -1]] and q.logprobs[0, 0] == 0
+
+
 def test_no_cap_cuts_a_whole_vocabulary_that_rounding_leaves_short_of_top_p():
     rows = rows_of(11, 31, 17, "distinct").float()
     assert (F.softmax(rows, dim=-1).sort(descending=True).values.cumsum(-1)[:, -1] < 1).any()

@@ -33,7 +33,7 @@ from minigrpo.rollout import (
 )
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.scoring import completion_scores
-from minigrpo.tokenizer import number_tokenizer
+from minigrpo.tokenizer import control_values, number_tokenizer
 from minigrpo.transformer import Transformer, TransformerConfig, initialise, logits
 from minigrpo.update import accumulate_gradient, update_policy
 
@@ -462,6 +462,20 @@ def test_a_rollout_changes_no_weight_and_leaves_no_gradient() -> None:
 def test_a_rollout_with_parts_that_do_not_fit_is_refused(field: str, value: Tensor) -> None:
     with pytest.raises(ValueError, match=f"{field} must have shape"):
         replace(rolled()[0], **{field: value})
+    with pytest.raises(ValueError, match="groups must have shape"):
+        replace(rolled()[0], group_size=5)
+
+
+def test_choices_are_of_what_an_answer_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def spy(*given: object) -> torch.Tensor:
+        seen.extend(given)
+        return control_values(*given)
+
+    monkeypatch.setattr(rollout_module, "control_values", spy)
+    rolled(replace(CONFIG, credit="choice", advantage_std="batch"))
+    assert seen == [TOKENIZER, VOCAB, PLANT, CODEC]
 
 
 @pytest.mark.parametrize("std", ["batch", "none"])

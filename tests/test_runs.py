@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 
@@ -665,6 +666,19 @@ def test_signals_that_may_come_twice_do_and_a_second_ctrl_c_aborts(tmp_path: Pat
             time.sleep(5)
 
 
+def test_a_run_in_the_background_of_a_script_is_not_stopped_by_ctrl_c(tmp_path: Path) -> None:
+    """The shell has it ignore SIGINT, which is meant for the script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal(tmp_path, 0) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested() and not stop.is_interrupted
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_stop_file_asks_for_a_stop_once(tmp_path: Path) -> None:
     with StopSignal(tmp_path, 0) as stop:
         assert not stop.requested()
@@ -1228,6 +1242,19 @@ def test_a_run_is_judged_on_validation_starts_and_keeps_as_many_checkpoints_as_i
     assert published(folder) == (0, 2.0)  # the greedy one
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_credit_for_each_control_needs_prompts_whose_numbers_are_controls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = untrained_checkpoint(tmp_path / "init")
+    shape, task, origin = train_grpo.load_task(init)
+    weak = replace(task, plant=replace(task.plant, control_bound=0.2))  # starts reach 0.3
+    monkeypatch.setattr(train_grpo, "load_task", lambda folder: (shape, weak, origin))
+    with pytest.raises(ValueError, match="where start_bound is above control_bound"):
+        train_grpo.settings(["--init", str(init)])
+    resolved, *_ = train_grpo.settings(["--init", str(init), "--credit", "completion"])
+    assert resolved.config.credit == "completion"
 
 
 def test_gradients_that_do_not_fit_are_refused(
