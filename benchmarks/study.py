@@ -11,10 +11,9 @@ fixed_values/ are of credit for each control with earlier defaults, made again b
 commits ea77fbb and 5930634: in both values of choices stayed those of the rollout and every row of
 embedding and head learned alone, and in fixed_values/ the acting temperature was 1.25. steps_200/
 is of the study of commit bbf4c81: 200 steps, the rate falling over the last 100, 607 tokens.
-steps_160/ and seeds_1_2_3/ have today's defaults but for the table of the values of choices, which
-was coarser before commit 3d7b941, the former also but for its 160 steps; coarse_values/ are the
-arms that were run again since, all others with credit for each control are of the coarser table
-too. long/ is a run of the arm steps_600 that was stopped before its end.
+steps_160/ and seeds_1_2_3/ have today's defaults, the former but for its 160 steps; long/ is a run
+of the arm steps_600 that was stopped before its end; finer_values/ are of commit 3d7b941, which had
+a finer table of the values of choices (docs/tiny_model.md).
 
 Long arms are evaluated on 512 held-out starts; each more_sft_* takes about GRPO's processor time;
 strong starts from twenty times the data, stronger from that trained for as long as GRPO takes.

@@ -218,8 +218,8 @@ def memory_estimate(
             "activations": shape.num_layers * kept,
             "at work": table + max(block + block // 4, logit * chunk, 2 * table * shape.tied_head),
             "support": work.num_rows * work.completion_length * row,
-            # Four tables of the size of what they are.
-            "values": 4 * 4 * work.num_nodes * work.num_simulated * work.completion_length,
+            # Ten tables of the size of what they are.
+            "values": 10 * 4 * work.num_nodes * work.num_simulated * work.completion_length,
             "gathered weights": (tables + 2 * (weights - tables) // shape.num_layers)
             * (shards > 1),
         },

@@ -141,7 +141,7 @@ def test_the_estimate_is_that_worked_out_by_hand() -> None:
     valued = memory_estimate(shape, GRPOConfig(), valued, num_ranks=2)
     assert valued.update["support"] == got.update["support"] + 40 * 5 * (4 * 9 + 28)
     assert valued.sampling["support"] == got.sampling["support"] + 2 * 40 * 5 * (4 * 9 + 28)
-    assert valued.update["values"] == 4 * 4 * 9 * 32 * 5
+    assert valued.update["values"] == 10 * 4 * 9 * 32 * 5
 
     tied = replace(shape, tied_head=True)  # its table has three gradients, more than its blocks
     small = replace(work, micro_rows=1, prompt_length=1, completion_length=2, support_size=1)
