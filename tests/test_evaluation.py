@@ -123,7 +123,7 @@ def loop_cost(start, controls, dt=0.1):
     for u in controls:
         cost += 10 * x * x + 10 * v * v + 0.1 * u * u
         x, v = x + dt * v + dt * dt / 2 * u, v + dt * u
-        violations += abs(x) > 1 or abs(v) > 1
+        violations += max(abs(x), abs(v)) > 1 + 1e-6
     return cost + 50 * (x * x + v * v), math.hypot(x, v), violations
 
 

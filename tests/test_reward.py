@@ -57,7 +57,8 @@ def score_by_hand(start, written):
         x, v = states[-1]
         states.append((x + 0.1 * v + 0.005 * u, v + 0.1 * u))
     distances = [math.sqrt(x * x + v * v) for x, v in states]
-    inside = [abs(x) <= 1 and abs(v) <= 1 for x, v in states]
+    bound = 1 + 1e-6  # which itself is inside, however a sum of floats rounds
+    inside = [abs(x) <= bound and abs(v) <= bound for x, v in states]
     cost = 50 * (states[50][0] ** 2 + states[50][1] ** 2)
     for (x, v), u in zip(states[:50], applied, strict=True):
         cost += 10 * x * x + 10 * v * v + 0.1 * u * u
