@@ -1,8 +1,8 @@
 """Prompt -> completion -> controls -> trajectory -> reward -> advantage: one batch of experience.
 
 No row is ever dropped: malformed text flows on as zero controls with one defined reward, so a group
-keeps its size. Groups are index ranges (row n = p * G + g), never equal texts, and the start of a
-prompt is repeated by the same einops pattern as its tokens.
+keeps its size. Groups are index ranges (row n = p * G + g), never equal texts: starts are repeated
+by that pattern, and the prompt of row n is n // G (`prompts_of`).
 """
 
 from __future__ import annotations
