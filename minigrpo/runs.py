@@ -124,18 +124,19 @@ def open_run(folder: Path, overwrite: bool, resume: bool, tensorboard: bool = Fa
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs an extra: pip install -e '.[tensorboard]'")
 
+    run = RunFolder(folder, tensorboard)
+
     def prepare() -> None:
         make_folder(folder)
-        lock = folder / "LOCK"
-        _take_lock(lock)
+        run.take()
         try:
             _make_room(folder, overwrite, resume)
         except (OSError, ValueError):
-            lock.unlink()
+            run.give_back()
             raise
 
     on_rank_zero(prepare)
-    return RunFolder(folder, tensorboard)
+    return run
 
 
 def make_folder(folder: Path) -> None:
@@ -146,18 +147,21 @@ def make_folder(folder: Path) -> None:
         raise OSError(f"save_dir must be a folder or become one, got {folder}: {error}") from error
 
 
-def _take_lock(lock: Path) -> None:
+def _take_lock(lock: Path) -> str:
     """Create the lock; take it over from a dead owner and from this Slurm job before a requeue.
 
     Not from the same attempt of the job: on another of its nodes that may be at work. An attempt
     before it is dead, even if a process has its id: Slurm ends all of one on its nodes before it
-    starts the next. A node that Slurm could not reach may still be at work; nobody here can tell.
+    starts the next. A node that Slurm could not reach may still be at work, and a process of
+    another container may be taken for dead: such an owner finds another text in the lock before it
+    writes again (`RunFolder.check_ours`). Returns the text, which no other lock has.
     """
     attempt = _slurm_attempt()
-    owner = {"job": attempt, "pid": os.getpid(), "host": HOST}
+    owner = {"job": attempt, "pid": os.getpid(), "host": HOST, "since": time.time_ns()}
+    text = json.dumps(owner)
     ours = lock.with_name(f"LOCK.{HOST}.{os.getpid()}")
     ours.unlink(missing_ok=True)  # of a process of this number before us, perhaps the lock itself
-    ours.write_text(json.dumps(owner))
+    ours.write_text(text)
     try:
         _link(lock, ours)
     except FileExistsError:
@@ -172,6 +176,7 @@ def _take_lock(lock: Path) -> None:
         _replace_lock(lock, ours, other)
     finally:
         ours.unlink(missing_ok=True)
+    return text
 
 
 def _slurm_attempt() -> str:
@@ -265,6 +270,39 @@ class RunFolder:
         self._bar: tqdm[None] | None = None
         self._num_steps = 0
         self._is_running = False  # as STATUS says: a refusal to resume leaves the run as it was
+        self._owner: str | None = None  # the text of the lock while it is ours, on rank 0
+
+    def take(self) -> None:
+        """On rank 0: take the lock. ValueError: another process has it."""
+        self._owner = _take_lock(self.folder / "LOCK")
+
+    def give_back(self) -> None:
+        """On rank 0: remove the lock, unless it is somebody else's by now."""
+        if self._is_ours():
+            (self.folder / "LOCK").unlink()
+        self._owner = None
+
+    def _is_ours(self) -> bool:
+        try:
+            return (self.folder / "LOCK").read_text(errors="replace") == self._owner
+        except FileNotFoundError:
+            return False
+
+    def check_ours(self) -> None:
+        """OSError if what is at the folder's place is not this run's any more.
+
+        Somebody moved the folder, or deleted the lock of a run that was at work; or Slurm gave up a
+        node that went on, and started the job again.
+        """
+
+        def check() -> None:
+            if not self._is_ours():
+                raise OSError(
+                    f"{self.folder} is not this run's any more (moved, or its LOCK is another's or "
+                    "gone): nothing more is written, --resume goes on from its newest checkpoint"
+                )
+
+        on_rank_zero(check)
 
     def record_attempt(
         self,
@@ -385,12 +423,15 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
-        if kind is not None and self._is_running and rank() == 0:
-            with suppress(OSError):  # of a full disk the error that is on its way tells
-                write_text(self.folder / "STATUS", "failed\n")
         self._open.close()
-        if rank() == 0:
-            (self.folder / "LOCK").unlink(missing_ok=True)
+        if rank() != 0:
+            return
+        if kind is not None and self._is_running:
+            with suppress(OSError):  # of a full disk the error that is on its way tells
+                if self._is_ours():
+                    write_text(self.folder / "STATUS", "failed\n")
+        with suppress(OSError):
+            self.give_back()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -200,9 +200,10 @@ class Training:
 
         `failure`, the same on all ranks, says why the step must end the run: it is logged, and
         nothing of it is evaluated or saved. FloatingPointError: there was one. RuntimeError: ranks
-        hold other weights. OSError: a full disk, say.
+        hold other weights. OSError: a full disk, say, or the folder is another run's by now.
         """
         config, metrics = self.config, dict(metrics)
+        self.run.check_ours()
         self.done += 1
         is_last = self.done == config.steps
         if not failure and (is_last or self.done % config.eval_every == 0):

@@ -295,7 +295,43 @@ def test_the_lock_of_a_dead_owner_or_of_this_job_is_taken_over(
         return
     with open_run(tmp_path, overwrite=False, resume=True):
         owner = json.loads((tmp_path / "LOCK").read_text())
+        since = owner.pop("since")
         assert owner == {"job": "18.1", "pid": os.getpid(), "host": HOST}
+        assert 0 <= time.time_ns() - since < 60e9
+
+
+@pytest.mark.parametrize("text", [None, "", '{"job": "", "pid": 1, "host": "elsewhere"}', b"\xff"])
+def test_a_run_whose_lock_is_not_its_own_any_more_leaves_everything_as_it_is(
+    text: str | bytes | None, tmp_path: Path
+) -> None:
+    """Somebody deleted the lock, or another run took the folder: with a process of our number too,
+    for what counts is the whole text of the lock."""
+    lock = tmp_path / "LOCK"
+    with pytest.raises(OSError, match=r"is not this run's any more"):
+        with open_run(tmp_path, overwrite=False, resume=False) as run:
+            run.record_attempt("sft", {}, CPU)
+            run.check_ours()
+            lock.unlink()
+            if text is not None:
+                lock.write_bytes(text if isinstance(text, bytes) else text.encode())
+            run.check_ours()
+    assert lock.exists() == (text is not None)
+    assert (tmp_path / "STATUS").read_text() == "running\n"
+
+
+def test_an_owner_that_was_taken_for_dead_finds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(tmp_path, overwrite=False, resume=False) as first:
+        first.record_attempt("sft", {}, CPU)
+        monkeypatch.setattr(runs, "_is_alive", lambda pid: False)  # as from another container
+        with open_run(tmp_path, overwrite=False, resume=True) as second:
+            with pytest.raises(OSError, match=r"is not this run's any more"):
+                first.check_ours()
+            first.__exit__(OSError, OSError(), None)
+            second.check_ours()
+            assert (tmp_path / "STATUS").read_text() == "running\n"
+        assert not (tmp_path / "LOCK").exists()
 
 
 def test_a_lock_with_our_own_process_id_is_that_of_a_container_before_its_restart(

@@ -242,6 +242,37 @@ def test_a_checkpoint_resumes_on_other_numbers_of_ranks_sharded_or_not(
             assert got == pytest.approx(expected, rel=1e-2, abs=1e-4, nan_ok=True)
 
 
+def move_away(folder: Path) -> None:
+    """Somebody moves the folder of a run that is at work, and another one begins in its place."""
+    if rank() == 0:
+        folder.rename(folder.with_name("moved"))
+        folder.mkdir()
+        (folder / "LOCK").write_text('{"job": "", "pid": 1, "host": "elsewhere"}')
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), [("sft", 1), ("grpo", 1), ("grpo", 2)])
+def test_a_run_whose_folder_was_moved_writes_nothing_into_what_took_its_place(
+    stage: str,
+    num_ranks: int,
+    begun: Callable[[str, Path], list[str]],
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """In the sixth step, after which a checkpoint and in which an evaluation would be due."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    flags = begun(stage, folder)
+    action = partial(move_away, folder)
+    assert start_ranks(num_ranks, train, stage, flags, 6, action, errors=errors) == [1] * num_ranks
+    assert f"{folder} is not this run's any more" in errors.read_text()
+    assert [path.name for path in folder.iterdir()] == ["LOCK"]
+    shutil.rmtree(folder)
+    (tmp_path / "moved").rename(folder)
+    assert status(folder) == "running" and len(lines(folder)) == 6
+    run_ranks(num_ranks, train, stage, [*flags, *RESUME])
+    if num_ranks == 1:
+        assert_same_run(folder, undisturbed[stage])
+
+
 def kill_at_random(flags: list[str], folder: Path, seconds: float, seed: int) -> int | None:
     """Resume, kill -9 within `seconds` of the start or in the middle of a save -> exit code."""
     instant = random.Random(seed)
