@@ -2,7 +2,8 @@
 
     python evaluate.py --model-path ckpt/grpo --baseline ckpt/sft
 
-save_dir gets evaluation.json (every number), cases.csv (every start, to compute them again), PNGs.
+save_dir gets evaluation.json (every number, and which step's weights they are of), cases.csv (every
+start, to compute them again), PNGs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minigrpo import evaluation, plots
-from minigrpo.checkpoint import differing, load_model
+from minigrpo.checkpoint import differing, load_model, step_of
 from minigrpo.config import EvalConfig, parse_flags, resolve
 from minigrpo.data import Task, split_starts
 from minigrpo.distributed import process_group, rank
@@ -41,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (folder / "evaluation.json").exists() and not config.overwrite:
         raise ValueError(f"save_dir {folder} already holds an evaluation; --overwrite replaces it")
     models = load_policies(config)
+    paths = [Path(path) for path in (config.baseline, config.model_path) if path]
+    steps = dict(zip(models, map(step_of, paths), strict=True))
     task = list(models.values())[-1][1]  # of model_path, whose codec rounds LQR's controls too
     with process_group(config.device) as device:
         starts = choose_starts(config, task.plant)
         on_rank_zero(partial(check_writable, folder))  # before an hour of work, not after it
         if rank() == 0:
             print(resolved.table())
-            what = f"{', '.join(models)} against LQR from {len(starts)} starts, on {device}"
+            named = ", ".join(f"{name} (step {step})" for name, step in steps.items())
+            what = f"{named} against LQR from {len(starts)} starts, on {device}"
             print(what, *slow_bfloat16(config.precision, device), sep="\n")
             if config.skip_mpc:
                 print("MPC IS SKIPPED: null in evaluation.json, in no statistic")
@@ -66,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **policies,
     }
     report = evaluation.make_report(results, task, config.seed)
-    content = json.dumps(asdict(report) | {"config": asdict(config)}, indent=2, allow_nan=False)
+    measured = asdict(report) | {"steps": steps, "config": asdict(config)}
     write_text(folder / "cases.csv", evaluation.cases_csv(results))
+    content = json.dumps(measured, indent=2, allow_nan=False)
     write_text(folder / "evaluation.json", content + "\n")
     print(evaluation.table(report))
     for name in PICTURES:  # of the evaluation that was here before

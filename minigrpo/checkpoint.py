@@ -260,6 +260,13 @@ def published(folder: Path) -> tuple[int, float] | None:
     return int(metadata["step"]), float(metadata["score"])
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that a folder's weights are of; None: another program wrote them since."""
+    path = folder / "model.safetensors"
+    step = _metadata(path).get("step", "") if path.is_file() else ""
+    return int(step) if step.isdecimal() else None
+
+
 def is_best(folder: Path, step: int, score: float, before: Sequence[float]) -> bool:
     """Shall the model of this step be published, with this score, after those `before`?
 

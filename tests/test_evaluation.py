@@ -575,7 +575,7 @@ def publish(folder, stage, control, task):
     model.load_state_dict(state)
     manifest = Manifest(stage, "tiny", task.plant, task.cost, task.codec, {}, {})
     folder.mkdir()
-    publish_model(folder, model, task, manifest, step=0, score=0.0)
+    publish_model(folder, model, task, manifest, step=40 if stage == "sft" else 7, score=0.0)
     return str(folder)
 
 
@@ -595,6 +595,7 @@ def test_the_script_writes_what_the_issue_asks_for(folders, capsys, tmp_path, mo
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert list(report["policies"]) == ["lqr", "lqr_rounded", "sft", "grpo"]
     assert (report["num_cases"], report["config"]["num_cases"]) == (7, 7)
+    assert report["steps"] == {"sft": 40, "grpo": 7}
     for name, modes in report["policies"].items():
         assert list(modes) == ["greedy", "sampled", "best_of", "mpc"]
         ran = [mode for mode, summary in modes.items() if summary is not None]
@@ -853,3 +854,4 @@ def test_a_nucleus_that_support_size_cuts_is_told(folders, capsys, tmp_path, siz
     assert [line.startswith("WARNING: support_size cut 75%") for line in found] == [True] * is_cut
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert report["config"]["support_size"] == int(size)
+    assert report["steps"] == {"grpo": None}  # those weights are of no step
