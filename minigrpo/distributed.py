@@ -35,7 +35,8 @@ TIMEOUT = timedelta(minutes=30)
 def process_group(device: str) -> Iterator[torch.device]:
     """The device of this rank; under torchrun also the process group.
 
-    It is NCCL beside gloo on CUDA, gloo on a CPU.
+    It is NCCL beside gloo on CUDA, gloo on a CPU. OSError: ranks do not reach each other, for gloo
+    listens at the address of the host's own name, which in Debian's /etc/hosts is 127.0.1.1.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
@@ -52,7 +53,14 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield place
         return
     backend = "cuda:nccl,cpu:gloo" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except RuntimeError as error:
+        raise OSError(
+            f"ranks do not reach each other: {error}. If a host's name stands for 127.0.1.1 there "
+            "(getent hosts $(hostname)), name the network between the nodes (ip -br address lists "
+            "them), in slurm/env.sh: export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0"
+        ) from error
     yield place
     dist.destroy_process_group()  # not after an error: that could wait for lost ranks
 

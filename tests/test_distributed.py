@@ -136,6 +136,22 @@ def test_a_rank_has_its_own_gpu_before_anything_is_asked_of_one(monkeypatch) -> 
         pass
 
 
+def test_ranks_that_do_not_reach_each_other_are_told_which_variable_names_the_network(
+    monkeypatch,
+) -> None:
+    """As gloo says it where a host's own name stands for 127.0.1.1."""
+    refused = "Gloo connectFullMesh failed with Connection refused, remote=[127.0.1.1]:26503"
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(refused)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(OSError) as caught, process_group("cpu"):
+        pass
+    assert refused in str(caught.value) and "export GLOO_SOCKET_IFNAME=" in str(caught.value)
+
+
 def test_every_rank_hears_of_all() -> None:
     found = {world: run_ranks(world, agreements) for world in (1, 2, 3)}
     rows = [[[], []], [[0.0]], [[0.0, 0.0], [1.0, 1.0]]]
