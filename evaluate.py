@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     report = evaluation.make_report(results, task, config.seed)
     measured = asdict(report) | {"steps": steps, "config": asdict(config)}
+    content = json.dumps(measured, indent=2, allow_nan=False)  # before a file is written
     write_text(folder / "cases.csv", evaluation.cases_csv(results))
-    content = json.dumps(measured, indent=2, allow_nan=False)
     write_text(folder / "evaluation.json", content + "\n")
     print(evaluation.table(report))
     for name in PICTURES:  # of the evaluation that was here before
