@@ -126,10 +126,8 @@ def check_preset(config: SFTConfig, given: Mapping[str, Value]) -> None:
             "model must name a folder or hub model with preset pretrained, got nothing"
         )
     for name in OF_NUMBERS:
-        if getattr(config, name) > 0:
-            raise ValueError(
-                f"{name} must be 0 with preset pretrained, got {getattr(config, name)}"
-            )
+        if (got := getattr(config, name)) > 0:
+            raise ValueError(f"{name} must be 0 with preset pretrained, got {got}")
     for name in OF_SHAPE:  # every config has one, so a flag alone says that it was meant
         if name in given:
             raise ValueError(f"{name} must not be given with preset pretrained, got {given[name]}")

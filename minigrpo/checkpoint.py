@@ -156,11 +156,11 @@ def load_manifest(folder: Path) -> Manifest:
         found = "a file" if folder.is_file() else found
         advice = "train_sft.py makes one, train_grpo.py trains it on"
         inner = sorted(other.parent for other in folder.glob("*/minigrpo.json"))
-        whole = [other for other in inner if other.suffix != ".tmp"]  # no draft of a kill
+        complete = [other for other in inner if other.suffix != ".tmp"]  # no draft of a kill
         if (folder / "config.json").is_file():
             advice = f"train_sft.py --model {folder} --save-dir OTHER makes one of this model"
-        elif whole:
-            advice = f"did you mean {whole[-1]}?"
+        elif complete:
+            advice = f"did you mean {complete[-1]}?"
         raise ValueError(f"{folder} must be a model folder, found {found}; {advice}")
     try:
         return Manifest.from_json(json.loads(path.read_text()))

@@ -26,15 +26,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 
-def flag(
-    default: V,
-    help_text: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-) -> V:
-    """A dataclass field that carries its help and its range (a Literal needs none)."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+def flag(default: V, help_text: str, **limits: float) -> V:
+    """A dataclass field that carries its help and its range, by LIMITS (a Literal needs none)."""
     return field(default=default, metadata={"help": help_text, "limits": limits})
 
 
@@ -66,7 +59,7 @@ class Settings:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{item.name} must be finite, got {value}")
             for words, limit in item.metadata["limits"].items():
-                if limit is not None and not LIMITS[words](value, limit):
+                if not LIMITS[words](value, limit):
                     wanted = f"{words.replace('_', ' ')} {limit}"
                     raise ValueError(f"{item.name} must be {wanted}, got {value}")
 

@@ -134,7 +134,6 @@ class ChoiceSimulator:
 
     def plans_of(self, tokens: Tensor, initial_states: Tensor, group_size: int) -> Plans:
         """The plans of completions [N, C] from initial_states [N, 2]; one token a control."""
-        check_shapes(tokens=(tokens, "N C"), initial_states=(initial_states, "N 2"))
         horizon = self.plant.horizon
         written = num_written(tokens, self.token_values, self.eos, horizon)
         controls = self.token_values[tokens[:, :horizon]].nan_to_num(0.0)

@@ -6,7 +6,7 @@ number of ranks, and resuming needs no generator state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -164,11 +164,11 @@ class SFTBatch:
     def __post_init__(self) -> None:
         check_record(self)
 
-    def rows(self, chosen: Tensor) -> SFTBatch:
-        return SFTBatch(*(getattr(self, item.name)[chosen] for item in fields(self)))
+    def rows(self, chosen: Tensor | slice) -> SFTBatch:
+        return SFTBatch(*(column[chosen] for column in vars(self).values()))
 
     def to(self, device: torch.device) -> SFTBatch:
-        return SFTBatch(*(getattr(self, item.name).to(device) for item in fields(self)))
+        return SFTBatch(*(column.to(device) for column in vars(self).values()))
 
 
 def disturbances(num_rows: int, horizon: int, scale: float, seed: int) -> Tensor:

@@ -216,11 +216,10 @@ def grpo_loss(
         expected = torch.where(mask & is_near, expected_values, 0.0)
         per_token = per_token - (expected - expected.detach())
     policy_part = (weights * per_token).sum()
-    if ref_logprobs is None:
-        kl, loss = torch.zeros_like(ratio), policy_part
-    else:
+    kl = torch.zeros_like(ratio)
+    if ref_logprobs is not None:
         kl = reference_kl(logprobs, torch.where(mask, ref_logprobs, 0.0), ratio)
-        loss = policy_part + objective.kl_beta * (weights * kl).sum()
+    loss = policy_part + objective.kl_beta * (weights * kl).sum()
 
     with torch.no_grad():
         clip_low, clip_high = clip_binds(ratio, advantages, low, high)

@@ -181,7 +181,7 @@ def find_pretrained(name: str) -> Path:
         raise ValueError(
             f"model {name!r} is no folder with a config.json, and the hub did not give it "
             f"({reason}); download config.json, tokenizer files and *.safetensors into a folder "
-            f"and pass that folder as --model"
+            "and pass that folder as --model"
         ) from error
 
 

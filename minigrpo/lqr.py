@@ -61,7 +61,7 @@ def _riccati_gain(
 ) -> Tensor:
     matrices = (transition, rearrange(actuation, "c -> c 1"), state_weights.diag())
     solved = solve_discrete_are(*(matrix.numpy() for matrix in matrices), [[control_weight]])
-    value = torch.from_numpy(solved).to(torch.float64)  # [2, 2]
+    value = torch.from_numpy(solved)  # [2, 2] float64
     return actuation @ value @ transition / (control_weight + actuation @ value @ actuation)
 
 

@@ -241,8 +241,7 @@ def _num_parameters(shape: TransformerConfig, config: RunSettings) -> tuple[int,
     """All parameters and the trained ones, counted on a model without storage for them."""
     with torch.device("meta"):
         model = Transformer(shape)
-    rank, alpha, targets = config.lora_rank, config.lora_alpha, config.lora_targets
-    add_adapters(model, rank, alpha, targets, torch.Generator())
+    add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, torch.Generator())
     return model.num_parameters(), model.num_trained()
 
 

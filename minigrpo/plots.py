@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 COLOURS = {"lqr": "#000000", "sft": "#D55E00", "grpo": "#0072B2"}
 COLOURS |= {"baseline": COLOURS["sft"], "model": COLOURS["grpo"]}  # two of one stage
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-DrawStyle = Literal["default", "steps-post"]
 Series = tuple[np.ndarray, np.ndarray]  # steps and values of one metric
 
 
@@ -198,7 +197,7 @@ def _colour(name: str) -> str:
 
 
 def _draw(
-    axis: Axes, name: str, times: np.ndarray, values: np.ndarray, drawstyle: DrawStyle = "default"
+    axis: Axes, name: str, times: np.ndarray, values: np.ndarray, drawstyle: str = "default"
 ) -> None:
     """One policy's line; the expert is thin, dashed and on top, so that it stays visible."""
     axis.plot(

@@ -110,7 +110,7 @@ def write_plans(
         model, tokens, mask, group_size, acting, stop, drawn, rows_per_batch
     )
     texts = decode_completions(task.tokenizer, completions.tokens, completions.mask)
-    parsed = parse_controls(texts, completions.ended.cpu(), task.plant, task.codec)
+    parsed = parse_controls(texts, completions.ended, task.plant, task.codec)
     return completions, texts, parsed
 
 

@@ -392,7 +392,7 @@ class RunFolder:
             if self._scalar is not None:
                 self._scalar(name, value, step)
         if self._bar is not None:
-            self._bar.update(max(step, 0) - self._bar.n)
+            self._bar.update(step - self._bar.n)
         tqdm.write(console_line(step, self._num_steps, metrics))
 
     def log_again(self, step: int, metrics: Mapping[str, float]) -> None:

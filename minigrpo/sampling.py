@@ -234,14 +234,11 @@ class _Decoder:
         self._write(repeat(logits, "p v -> (p g) v", g=self.batch.group_size), 0)
         length = self.batch.stop.max_length
         stride = self.TOKENS_PER_GRAPH if self.is_recorded else 1
+        advance = self._replay if self.is_recorded else self._advance
         for first in range(1, length, stride):
             if not bool(self.alive[:, first].any()):
                 break
-            steps = range(first, min(first + stride, length))
-            if self.is_recorded:
-                self._replay(steps)
-            else:
-                self._advance(steps)
+            advance(range(first, min(first + stride, length)))
         mask = self.alive[:, :-1].clone()
         return (
             ~self.alive[:, -1],
@@ -266,8 +263,7 @@ class _Decoder:
         acting = self.batch.acting
         temperature = self.temperature if self.batch.is_tempered else 1.0
         if acting.top_p == 1.0 and uniforms is not None and logits.shape[1] > LARGE_VOCABULARY:
-            is_fused = self.model.is_fused
-            drawn, logq = draw_untruncated(logits, temperature, uniforms, is_fused)
+            drawn, logq = draw_untruncated(logits, temperature, uniforms, self.model.is_fused)
         else:
             q = nucleus(tempered(logits, temperature), acting)
             drawn, logq = draw(q, uniforms)

@@ -65,7 +65,7 @@ def completion_scores(
         pads = repeat((~prompt_mask).sum(dim=1), "p -> (p g) 1", g=group)
         places = torch.arange(tokens.shape[1], device=tokens.device)
         tokens = tokens.gather(1, (places + pads).clamp(max=len(places) - 1))
-    formula = fused(score_logits) if model.is_fused else score_logits
+    formula: Callable[..., TokenScores] = fused(score_logits, model.is_fused)
 
     def score(logits: Tensor, taken: Tensor, kept: Tensor | None) -> TokenScores:
         if kept is None and basis is None and logits.is_cuda:

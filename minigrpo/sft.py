@@ -108,14 +108,14 @@ def supervised_step(
     device, is_mixed = batch.tokens.device, config.precision == "bfloat16"
     num_labelled = sum_over_ranks(batch.completion_mask.sum().double())
     total = torch.zeros((), dtype=torch.float64, device=device)
-    rows, size = torch.arange(len(batch.tokens), device=device), config.micro_batch_size
-    num_micro = max_over_ranks(math.ceil(len(rows) / size))  # shards are gathered in each
+    size = config.micro_batch_size
+    num_micro = max_over_ranks(math.ceil(len(batch.tokens) / size))  # shards are gathered in each
     key = int(keyed_generator(config.seed, "weight_noise", step).integers(2**63))
     with perturbed(model, config.weight_noise, torch.Generator().manual_seed(key)):
         for i in range(num_micro):
-            chosen = rows[i * size : (i + 1) * size]
+            part = batch.rows(slice(i * size, (i + 1) * size))
             with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-                loss = sft_loss(model, batch.rows(chosen), smoothing)
+                loss = sft_loss(model, part, smoothing)
             backward(model, loss / num_labelled)
             total += loss.detach()
     norm = apply_gradient(model, optimizer, config.max_grad_norm, kernel)

@@ -55,15 +55,14 @@ def number_tokenizer(plant: DoubleIntegrator, codec: Codec) -> PreTrainedTokeniz
 
 def control_words(plant: DoubleIntegrator, codec: Codec) -> dict[str, float]:
     """Every control within the bound that the codec can write, m/s^2, by how it is written."""
-    steps = round(plant.control_bound * 10**codec.decimals)
-    if not math.isclose(steps, plant.control_bound * 10**codec.decimals):
+    scale = 10**codec.decimals
+    steps = round(plant.control_bound * scale)
+    if not math.isclose(steps, plant.control_bound * scale):
         raise ValueError(
             f"control_bound must have {codec.decimals} decimals, or saturation has no token; "
             f"got {plant.control_bound}"
         )
-    words = (
-        format_number(i / 10**codec.decimals, codec.decimals) for i in range(-steps, steps + 1)
-    )
+    words = (format_number(i / scale, codec.decimals) for i in range(-steps, steps + 1))
     return {word: float(word) for word in words}
 
 

@@ -265,17 +265,15 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, tokens: NewTokens, cache: KVCache | None, layer: int) -> Tensor:
         # Attention and cache stay outside what is fused: their length changes with every token.
-        before, after = before_attention, after_attention
-        if tokens.is_fused:
-            before, after = fused(before), fused(after)
-        q, k, v = before(self, h, tokens.cos, tokens.sin)
+        q, k, v = fused(before_attention, tokens.is_fused)(self, h, tokens.cos, tokens.sin)
         if tokens.shared is not None:
             mixed = tokens.shared.attend(q, k, v, tokens.bias, tokens.is_causal)
         else:
             if cache is not None:
                 k, v = cache.append(layer, k, v)
             mixed = attend(q, k.to(q.dtype), v.to(q.dtype), tokens.bias, tokens.is_causal)
-        return after(self, h, mixed)
+        out: Tensor = fused(after_attention, tokens.is_fused)(self, h, mixed)
+        return out
 
 
 def before_attention(
@@ -300,12 +298,14 @@ def after_attention(block: Block, h: Tensor, mixed: Tensor) -> Tensor:
 
 
 @functools.cache
-def fused(function: Callable[P, R]) -> Callable[P, R]:
+def fused(function: Callable[P, R], is_fused: bool) -> Callable[P, R]:
     """The function with its element-wise operations in few kernels, compiled at its first call.
 
     For one shape: another length is compiled anew. Kernels for any length ended in an error inside
-    the compiler of torch 2.11 when scores were taken in chunks.
+    the compiler of torch 2.11 when scores were taken in chunks. Unless `is_fused`: as it is.
     """
+    if not is_fused:
+        return function
     torch._dynamo.config.recompile_limit = 64  # beyond it functions run as they are written
     compiled: Callable[P, R] = torch.compile(function, dynamic=False)
     return compiled
@@ -478,10 +478,8 @@ class Transformer(nn.Module):
         new = NewTokens(cos, sin, bias, is_causal, self.is_fused, shared)
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
-                hidden = checkpoint(
-                    *(block, hidden, new, None, layer),
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # nothing is drawn
+                hidden = checkpoint(  # nothing is drawn
+                    block, hidden, new, None, layer, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden = block(hidden, new, cache, layer)

@@ -31,7 +31,7 @@ def draw_untruncated(
 
     Sums are in float64 and so may the uniforms [B] be: in float32 most of the tail cannot be drawn.
     """
-    norms = (fused(block_norms) if is_fused else block_norms)(logits, temperature)  # [B, n]
+    norms = fused(block_norms, is_fused)(logits, temperature)  # [B, n]
     total = torch.logsumexp(norms, dim=-1, keepdim=True)  # [B, 1]
     cdf = torch.exp((norms - total).double()).cumsum(dim=-1)
     shares = rearrange(uniforms.double(), "b -> b 1")
@@ -60,7 +60,7 @@ def score_untruncated(
     entropy = None
     if has_entropy:
         with torch.no_grad():
-            entropy = (fused(entropy_of) if is_fused else entropy_of)(logits, norm)
+            entropy = fused(entropy_of, is_fused)(logits, norm)
     return TokenScores(logq.sum(dim=-1), entropy)  # of one: fully_shard wants no view
 
 
@@ -75,8 +75,7 @@ class _TakenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, places: Tensor, is_fused: bool) -> tuple[Tensor, Tensor]:
-        formula = fused(taken_log_probs) if is_fused else taken_log_probs
-        logq, norm = formula(logits, places)
+        logq, norm = fused(taken_log_probs, is_fused)(logits, places)
         ctx.save_for_backward(logits, places, norm)
         ctx.mark_non_differentiable(norm)
         ctx.is_fused = is_fused
@@ -84,9 +83,8 @@ class _TakenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        formula = fused(taken_gradient) if ctx.is_fused else taken_gradient
-        logits, places, norm = ctx.saved_tensors
-        return formula(logits, places, norm, gradient), None, None
+        formula = fused(taken_gradient, ctx.is_fused)
+        return formula(*ctx.saved_tensors, gradient), None, None
 
 
 def taken_log_probs(logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,10 +64,9 @@ def update_policy(
     optimizer.zero_grad(set_to_none=True)
     parts, entropies, gaps = zip(*found, strict=True)
     sums = [merge_metrics(parts).vector(), torch.stack(entropies).sum(), torch.stack(gaps).amax()]
-    everybodys = gather_rows([value.cpu() for value in sums])
-    merged = merge_metrics([LossMetrics(*loss) for loss, _, _ in everybodys])
-    entropy = torch.stack([entropy for _, entropy, _ in everybodys]).sum()
-    gap = torch.stack([gap for _, _, gap in everybodys]).amax()
+    vectors, entropies, gaps = zip(*gather_rows([value.cpu() for value in sums]), strict=True)
+    merged = merge_metrics([LossMetrics(*vector) for vector in vectors])
+    entropy, gap = torch.stack(entropies).sum(), torch.stack(gaps).amax()
     report = loss_report(merged, len(parts))
     finite = [norm for norm in norms if math.isfinite(norm)]
     report |= {

@@ -14,6 +14,7 @@ import train_grpo
 import train_sft
 from minigrpo import training
 from minigrpo.config import (
+    LIMITS,
     OF_ONE_PROCESS,
     PRESETS,
     EvalConfig,
@@ -35,7 +36,8 @@ KINDS = [SFTConfig, GRPOConfig, EvalConfig]
 def limits_of(kind: type[Settings], name: str) -> dict[str, object]:
     limits = kind.__dataclass_fields__[name].metadata["limits"]
     assert isinstance(limits, dict)
-    return limits | {"choices": get_args(get_type_hints(kind)[name])}
+    none = dict.fromkeys(LIMITS)
+    return none | limits | {"choices": get_args(get_type_hints(kind)[name])}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ VOCAB, SUPPORT = 61, 9
 @pytest.fixture
 def nothing_is_compiled(monkeypatch):
     for module in MODULES:
-        monkeypatch.setattr(f"minigrpo.{module}.fused", lambda function: function)
+        monkeypatch.setattr(f"minigrpo.{module}.fused", lambda function, is_fused: function)
 
 
 def work(model_type="qwen3", vocab=VOCAB):
