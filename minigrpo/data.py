@@ -23,7 +23,7 @@ from minigrpo.prompts import Codec, prompt_text, render_controls
 from minigrpo.shapes import check_record
 from minigrpo.tokenizer import decode_completions, encode_completion, encode_prompt, pad_id
 
-PURPOSES = (
+PURPOSES = (  # a purpose's place is part of its keys, so one without a use keeps it
     "split", "demonstrations", "batches", "prompts", "tokens", "shuffle", "evaluation", "bootstrap",
     "initialise", "disturbance", "weight_noise",
 )  # fmt: skip

@@ -145,10 +145,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    yield
-    for module in shards:
-        module.set_reshard_after_forward(module is not model, recurse=False)
-        module.reshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
 
 
 def whole(value: Tensor) -> Tensor:

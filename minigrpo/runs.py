@@ -388,9 +388,7 @@ class RunFolder:
             file.write(to_json({"step": step, **metrics}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # without it no checkpoint of this step can be resumed
-        for name, value in metrics.items():
-            if self._scalar is not None:
-                self._scalar(name, value, step)
+        self._plot(step, metrics)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         tqdm.write(console_line(step, self._num_steps, metrics))
@@ -400,7 +398,13 @@ class RunFolder:
         if rank() == 0:
             path, line = self.folder / "metrics.jsonl", to_json({"step": step, **metrics})
             write_text(path, "".join(_lines_until(path, step - 1)) + line + "\n")
+            self._plot(step, metrics)
             tqdm.write(console_line(step, self._num_steps, metrics))
+
+    def _plot(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._scalar is not None:  # with --tensorboard
+            for name, value in metrics.items():
+                self._scalar(name, value, step)
 
     def log_text(self, *lines: str) -> None:
         """Lines for the console alone."""

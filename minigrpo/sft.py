@@ -82,10 +82,12 @@ def perturbed(model: Transformer, scale: float, generator: torch.Generator) -> I
             size = scale * whole(parameter).square().mean().sqrt()
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(cut_like(size * noise.to(size), parameter))
-    yield
-    with torch.no_grad():
-        for parameter, value in zip(matrices, held, strict=True):
-            parameter.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(matrices, held, strict=True):
+                parameter.copy_(value)
 
 
 def supervised_step(

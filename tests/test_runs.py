@@ -675,8 +675,11 @@ def test_tensorboard_gets_every_metric(tmp_path: Path, monkeypatch: pytest.Monke
     with RunFolder(tmp_path, tensorboard=True) as run:  # resumed after step 1
         run.start(1, 2)
         run.log(2, {"loss/total": 9.0})
-    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/total")
-    assert [(e.step, e.value) for e in found] == [(0, 0), (1, 0.25), (2, 9.0)]
+        run.log_again(2, {"loss/total": 9.0, "eval/cost_ratio": 3.0})  # was evaluated at the end
+    reader = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.value for e in reader.Scalars("eval/cost_ratio")] == [1.0, 1.0, 3.0]
+    found = [(e.step, e.value) for e in reader.Scalars("loss/total")]
+    assert found == [(0, 0), (1, 0.25), (2, 9.0), (2, 9.0)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

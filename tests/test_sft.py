@@ -262,8 +262,9 @@ def test_inside_the_noise_matrices_move_by_its_share_of_their_size_and_after_it_
         model.head.weight += 3.0  # its size is not its spread
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.embed.weight.requires_grad_(False)
-    with perturbed(model, 0.2, torch.Generator().manual_seed(0)):
+    with pytest.raises(ZeroDivisionError), perturbed(model, 0.2, torch.Generator().manual_seed(0)):
         moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+        _ = 1 / 0  # back after an error too, for a caller who goes on
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for name, change in moved.items():
         if change.ndim < 2 or name == "embed.weight":
