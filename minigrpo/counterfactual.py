@@ -38,6 +38,7 @@ N rows = P groups of G   T horizon   C completion length   V vocabulary   K colu
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -149,7 +150,7 @@ class ChoiceSimulator:
         whole = tally_of(plans.own, flown, self.plant, self.cost)
         malformed = rearrange(self.reward(whole, ~valid).total, "n -> n 1")
         grid = torch.linspace(-bound, bound, NUM_NODES, dtype=torch.float64, device=device)
-        offsets = bound * torch.tensor(OFFSETS, dtype=torch.float64, device=device)
+        offsets = bound * _kept_on(device, OFFSETS)
         width = max(length, horizon + 1)
         values = torch.zeros(num_rows, width, NUM_COLUMNS, device=device)
         level = plans.own.new_zeros(num_rows, width)
@@ -221,6 +222,12 @@ def others_plan(controls: Tensor, is_whole: Tensor, group_size: int) -> Tensor:
     plans = rearrange(controls, "(p g) t -> p g t", g=group_size) * kept
     total, count = (reduce(x, "p g t -> p 1 t", "sum") for x in (plans, kept))
     return rearrange((total - plans) / (count - kept).clamp(min=1), "p g t -> (p g) t")
+
+
+@functools.cache
+def _kept_on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
+    """Float64, copied there once: for a copy the host waits for all that a GPU has yet to do."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def rows_at_once(is_on_cuda: bool) -> int:

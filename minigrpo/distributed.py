@@ -189,7 +189,7 @@ def reduce_gradients(model: nn.Module) -> None:
 
     No mean: losses carry global denominators.
     """
-    if not dist.is_initialized() or isinstance(model, FSDPModule):
+    if world_size() == 1 or isinstance(model, FSDPModule):
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:

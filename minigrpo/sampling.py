@@ -154,9 +154,13 @@ def _decoder(model: Transformer, batch: _Batch) -> _Decoder:
         return _Decoder(_kept_copy(model, batch.dtype) if is_cast else model, batch)
     decoder = kept.decoders.pop(batch, None)
     if decoder is None:
+        stream = None
         if len(kept.decoders) == MAX_DECODERS:
-            del kept.decoders[next(iter(kept.decoders))]  # the one not used for longest
+            # The one not used for longest goes and leaves its stream: of new ones, torch's 33rd is
+            # its first again, which another decoder may still have (`_Decoder._replay`).
+            stream = kept.decoders.pop(next(iter(kept.decoders))).stream
         decoder = _Decoder(_kept_copy(model, batch.dtype), batch, is_recorded=True)
+        decoder.stream = stream
     kept.decoders[batch] = decoder
     return decoder
 

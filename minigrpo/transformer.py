@@ -306,9 +306,16 @@ def fused(function: Callable[P, R], is_fused: bool) -> Callable[P, R]:
     """
     if not is_fused:
         return function
-    torch._dynamo.config.recompile_limit = 64  # beyond it functions run as they are written
     compiled: Callable[P, R] = torch.compile(function, dynamic=False)
-    return compiled
+
+    @functools.wraps(function)
+    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Beyond it functions run as they are written. Set at each call: since torch 2.12 it holds
+        # in one thread, and the backward pass on CUDA has threads of its own.
+        torch._dynamo.config.recompile_limit = 64
+        return compiled(*args, **kwargs)
+
+    return limited
 
 
 @dataclass(frozen=True)

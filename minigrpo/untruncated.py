@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minigrpo.policy import TokenScores, first_above, tempered
@@ -82,6 +83,7 @@ class _TakenLogProbs(torch.autograd.Function):
         return logq, norm
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         formula = fused(taken_gradient, ctx.is_fused)
         return formula(*ctx.saved_tensors, gradient), None, None
@@ -147,6 +149,7 @@ class _AllChoices(torch.autograd.Function):
         return logq, entropy, mass
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, of_logq: Tensor, _: Tensor | None, of_mass: Tensor
     ) -> tuple[Tensor, None, None, None]:

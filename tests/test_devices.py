@@ -3,6 +3,7 @@
 Every tensor is where it belongs, a recorded graph waits for nobody, and all comes out as on a CPU.
 """
 
+import itertools
 from copy import deepcopy
 
 import pytest
@@ -16,12 +17,17 @@ import train_grpo
 from minigrpo import evaluation, sampling, scoring, transformer
 from minigrpo.checkpoint import load_task
 from minigrpo.config import GRPOConfig
+from minigrpo.counterfactual import ChoiceSimulator
 from minigrpo.data import split_starts
+from minigrpo.double_integrator import DoubleIntegrator
 from minigrpo.evaluation import receding_horizon, validation_metrics
+from minigrpo.lqr import QuadraticCost
 from minigrpo.policy import ActingPolicy
-from minigrpo.prompts import ParsedControls
+from minigrpo.prompts import Codec, ParsedControls
+from minigrpo.reward import RewardWeights, tally_rewards
 from minigrpo.rollout import act, make_rollout, prompts_of_step, rollout_metrics
 from minigrpo.sampling import StopRule, _Batch, _Decoder, sample_completions
+from minigrpo.tokenizer import number_tokenizer, token_values
 from minigrpo.transformer import Transformer, TransformerConfig, initialise
 from minigrpo.update import update_policy
 
@@ -168,6 +174,32 @@ def test_graphs_share_a_stream_within_a_decoder_and_with_no_other(gpu, monkeypat
     assert None not in first | second
 
 
+def test_no_two_decoders_ever_record_on_one_stream(gpu, monkeypatch):
+    """torch hands out 32 streams in turn: a 33rd would be the first decoder's."""
+    turn = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(turn) % 32)
+    model = placed(Transformer(TransformerConfig("qwen2", 61, 16, 24, 1, 4, 2, 4)))
+    prompts, uniforms = torch.randint(2, 61, (1, 5)), torch.rand(1, 2, dtype=torch.float64)
+
+    def decoder_of(top_p):
+        batch = _Batch(
+            1, 5, 1, ActingPolicy(1.0, top_p), False, StopRule((), 0, 2), False, False, False,
+            torch.float32, DEVICE,
+        )  # fmt: skip
+        for _ in range(2):  # the first of its kind is not recorded
+            found = sampling._decoder(model, batch)
+            found.decode(model, OnDevice(prompts), None, OnDevice(uniforms), 1.0)
+        return found
+
+    with gpu, torch.no_grad():
+        for i in range(40):
+            kept = [decoder_of(1.0), decoder_of(0.5 + i / 100)]
+            alive = sampling._KEPT[model].decoders.values()
+            assert kept[0] in alive and kept[1] in alive
+            assert len({decoder.stream for decoder in alive}) == len(alive) <= 4
+    assert next(turn) == sampling.MAX_DECODERS
+
+
 @pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 6), (torch.bfloat16, 2)])
 def test_keys_of_grouped_heads_are_repeated_where_no_kernel_reads_them_grouped(
     gpu, monkeypatch, dtype, heads
@@ -238,6 +270,24 @@ def test_rollout_update_and_validation_are_those_of_the_cpu(
         found = metrics(placed(train_grpo.build(config)), DEVICE)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert expected["update/grad_norm"] > 0
+
+
+def test_values_that_are_simulated_again_ask_nothing_of_the_host(gpu):
+    """In a micro-batch it would wait there for all that the GPU has yet to do."""
+    plant = DoubleIntegrator(horizon=3)
+    tokenizer = number_tokenizer(plant, Codec())
+    numbers, eos = token_values(tokenizer, len(tokenizer)), int(tokenizer.eos_token_id)
+
+    def reward(tally, is_valid):
+        return tally_rewards(tally, is_valid, "progress", plant.horizon, RewardWeights())
+
+    with gpu:
+        simulator = ChoiceSimulator(OnDevice(numbers), eos, plant, QuadraticCost(), reward)
+        tokens = OnDevice(torch.full((4, 4), eos))
+        plans = simulator.plans_of(tokens, OnDevice(torch.zeros(4, 2, dtype=torch.float64)), 2)
+        simulator.values_of(plans, 4)
+        with gpu.capture(Graph(), None, None):  # where a copy from the host is an error
+            simulator.values_of(plans, 4)
 
 
 def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks, start_ranks
+from ranks import free_port, run_ranks, start_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -185,6 +185,20 @@ def gradients_of_ranks() -> dict[str, object]:
             for grad, p in zip(gradients, model.parameters(), strict=True)
         ]
         return {"norm": norm, "values": values, "shapes": all(shapes)}
+
+
+def test_one_rank_of_torchrun_copies_no_gradient(monkeypatch) -> None:
+    """`memory.memory_estimate` counts a second copy for several ranks alone."""
+    named = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": free_port()}
+    for name, value in named.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    model = torch.nn.Linear(3, 2)
+    with process_group("cpu"):
+        model(torch.ones(1, 3)).sum().backward()
+        before = [parameter.grad.data_ptr() for parameter in model.parameters()]
+        reduce_gradients(model)
+        assert [parameter.grad.data_ptr() for parameter in model.parameters()] == before
 
 
 def test_gradients_are_added_and_a_rank_without_any_joins() -> None:

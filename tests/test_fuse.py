@@ -1,10 +1,12 @@
 """--fuse: the branches that it takes with nothing compiled, and, slow, compiled for the CPU."""
 
 import shutil
+import threading
 
 import pytest
 import torch
 
+from minigrpo import transformer
 from minigrpo.policy import ActingPolicy
 from minigrpo.sampling import StopRule, sample_completions
 from minigrpo.scoring import completion_scores
@@ -18,6 +20,20 @@ VOCAB, SUPPORT = 61, 9
 def nothing_is_compiled(monkeypatch):
     for module in MODULES:
         monkeypatch.setattr(f"minigrpo.{module}.fused", lambda function, is_fused: function)
+
+
+def test_every_thread_compiles_as_many_shapes(monkeypatch):
+    """Since torch 2.12 a setting holds in its thread; the backward pass on CUDA has its own."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    run = transformer.fused.__wrapped__(
+        lambda: seen.append(torch._dynamo.config.recompile_limit), True
+    )
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [64, 64]
 
 
 def work(model_type="qwen3", vocab=VOCAB):

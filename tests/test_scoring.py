@@ -42,6 +42,21 @@ def test_scores_of_a_gpu_by_hand_are_those_of_autograd(is_banned):
     assert half.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("what", ["logprobs", "mass", "of a GPU"])
+def test_gradients_by_hand_refuse_a_second_derivative(what):
+    """It would take what was saved for a constant."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 3, 7, generator=generator).double().requires_grad_()
+    tokens, basis = torch.full((2, 3), 4), torch.rand(7, 4, generator=generator)
+    if what == "of a GPU":
+        value = score_untruncated(z, tokens, False, False).logprobs
+    else:
+        value = getattr(score_all(z, tokens, basis, False), what)
+    (first,) = torch.autograd.grad(value.square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 def test_choices_by_hand_are_as_exact_under_autocast_as_without():
     """Value, gradient and dtype, where products of float32 would be made of bfloat16."""
     generator = torch.Generator().manual_seed(7)
