@@ -56,6 +56,10 @@ class Settings:
             value, choices = getattr(self, item.name), get_args(hints[item.name])
             if choices and value not in choices:
                 raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value}")
+            if value == "" != item.default:  # an unset variable of a script, say
+                raise ValueError(f"{item.name} must not be empty")
+            if type(value) is int and value > 2**53:  # beyond it floats do not count
+                raise ValueError(f"{item.name} must be at most {2**53}, got {value}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{item.name} must be finite, got {value}")
             for words, limit in item.metadata["limits"].items():
@@ -81,7 +85,7 @@ class RunSettings(Settings):
     )
     lora_rank: int = flag(
         0, "rank of the LoRA adapters that are trained instead of the model; 0 trains the model",
-        at_least=0,
+        at_least=0, at_most=10**8,
     )  # fmt: skip
     lora_alpha: float = flag(32.0, "an adapter's product B A is weighted with this / rank", above=0)
     lora_targets: str = flag(
@@ -190,8 +194,8 @@ class SFTConfig(RunSettings):
     # Of these two DoubleIntegrator has the ranges, for a checkpoint's are checked there as well.
     dt: float = flag(0.1, "seconds per control")
     horizon: int = flag(50, "controls per plan")
-    width: int = flag(64, "tiny model: residual width", at_least=8)
-    mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8)
+    width: int = flag(64, "tiny model: residual width", at_least=8, at_most=10**8)
+    mlp_width: int = flag(128, "tiny model: width of the gated layer", at_least=8, at_most=10**8)
     num_layers: int = flag(2, "tiny model: blocks", at_least=1)
     num_heads: int = flag(4, "tiny model: attention heads", at_least=1)
     rope_theta: float = flag(1000.0, "tiny model: base of the rotary frequencies", above=1)
@@ -269,7 +273,7 @@ class GRPOConfig(RunSettings):
         0.01, "weight of KL(current, reference); 0 loads no reference", at_least=0
     )
     clip_eps_low: float = flag(0.2, "the ratio is clipped below 1 - this", above=0, at_most=1)
-    clip_eps_high: float = flag(0.2, "the ratio is clipped above 1 + this", above=0)
+    clip_eps_high: float = flag(0.2, "the ratio is clipped above 1 + this", above=0, at_most=1e6)
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "dapo",
         "dapo: the loss is a mean over all tokens of the optimizer step; grpo: over rows, of each "
@@ -337,6 +341,8 @@ class GRPOConfig(RunSettings):
         if self.reward == "punishment":
             weights = [name for name in vars(self) if name.startswith("reward_")]
             self._refuse_changed([*weights, "adaptive_terminal"], "reward punishment")
+        if self.credit == "completion":
+            self._refuse_changed(("credit_lambda", "follow_policy"), "credit completion")
         if self.measure_signal and self.parallel != "ddp":
             raise ValueError(f"parallel must be ddp with measure_signal, got {self.parallel}")
 

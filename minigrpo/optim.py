@@ -100,7 +100,7 @@ def cosine_learning_rate(
 
 def linear(step: int, num_steps: int, start: float, end: float) -> float:
     """start + (end - start) step / num_steps, and end from num_steps on."""
-    return start + (end - start) * min(1.0, step / max(1, num_steps))
+    return start + (end - start) * (min(1.0, step / num_steps) if num_steps else 1.0)
 
 
 def plateau_factor(rewards: Sequence[float], patience: int) -> float:

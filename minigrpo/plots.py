@@ -133,17 +133,19 @@ def plot_seed_bands(
 def read_metrics(path: Path) -> dict[str, Series]:
     """Each metric's steps and values, without those that were not finite (null)."""
     steps, values = defaultdict[str, list[int]](list), defaultdict[str, list[float]](list)
-    whole_lines = path.read_text().split("\n")[:-1]  # the rest is a line being written
+    # The rest of the text is a line being written.
+    whole_lines = path.read_text(errors="replace").split("\n")[:-1]
     for place, text in enumerate(whole_lines, start=1):
         try:
             row = json.loads(text)
-            step = row.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {place}: must have a step, got {text!r}") from None
-        for name, value in row.items():
-            if value is not None:
-                steps[name].append(step)
-                values[name].append(value)
+            step = int(row.pop("step"))
+            numbers = {name: float(value) for name, value in row.items() if value is not None}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            found = f"{path}, line {place}: must have a step and numbers, got {text[:200]!r}"
+            raise ValueError(found) from None
+        for name, value in numbers.items():
+            steps[name].append(step)
+            values[name].append(value)
     return {name: (np.array(steps[name]), np.array(values[name])) for name in steps}
 
 

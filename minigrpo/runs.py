@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -216,7 +217,7 @@ def _read_owner(lock: Path) -> dict[str, str]:
     try:
         owner = json.loads(lock.read_text())
         return {"job": str(owner["job"]), "pid": str(int(owner["pid"])), "host": str(owner["host"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ValueError(f"{lock} names no owner; if no process works there, delete it") from None
 
 
@@ -336,19 +337,16 @@ class RunFolder:
     def cut_logs(self, step: int) -> None:
         """Keep what was logged until `step` (-1: nothing).
 
-        ValueError: metrics.jsonl lacks some of these steps, which schedules look back on.
+        ValueError: metrics.jsonl has not all of these steps in order, or what is no number in one;
+        schedules look back on them.
         """
 
         def cut() -> None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.folder / name
                 lines = _lines_until(path, step) if path.exists() else []
-                if name == "metrics.jsonl" and len(lines) != step + 1:
-                    raise ValueError(
-                        f"{path} must have a line for each step from 0 to {step}, where the newest "
-                        f"checkpoint is, got {len(lines)}: put back a whole one, delete the "
-                        f"checkpoints after step {len(lines) - 1}, or --overwrite"
-                    )
+                if name == "metrics.jsonl":
+                    _check_history(path, lines, step)
                 if path.exists():
                     write_text(path, "".join(lines))
 
@@ -438,16 +436,34 @@ class RunFolder:
             self.give_back()
 
 
+def _check_history(path: Path, lines: Sequence[str], step: int) -> None:
+    """ValueError unless these are the steps 0, 1, ..., `step`, and hold numbers."""
+    rows = [json.loads(line) for line in lines]
+    steps = [row["step"] for row in rows]
+    if steps != list(range(step + 1)):
+        whole = next((n for n, found in enumerate(steps) if found != n), len(steps))
+        advice = f"delete the checkpoints after step {whole - 1}, " if whole else ""
+        raise ValueError(
+            f"{path} must have a line for each step from 0 to {step}, where the newest checkpoint "
+            f"is, got {whole} in order: put back a whole one, {advice}or --overwrite"
+        )
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and type(value) not in (int, float):
+                place = f"{path}: {name} of step {row['step']}"
+                raise ValueError(f"{place} must be a number or null, got {value!r}")
+
+
 def _lines_until(path: Path, step: int) -> list[str]:
     """The lines of finished steps; a last line without an end was cut off by a kill."""
-    kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    kept, text = [], path.read_text(errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             continue
         try:
-            if int(json.loads(line)["step"]) <= step:
+            if operator.index(json.loads(line)["step"]) <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: line {number} must be an object with a step") from error
     return kept
 

@@ -103,7 +103,10 @@ def sample_completions(
         longest = min(length, math.ceil(longest / LENGTHS_ON_CUDA) * LENGTHS_ON_CUDA)
     mask, tokens, logprobs, kept_mass, is_capped, support = (x[:, :longest] for x in columns)
     if bool(logprobs.isnan().any()):
-        raise FloatingPointError("a log-prob is NaN: the model's weights or logits are not finite")
+        raise FloatingPointError(
+            "a log-prob is NaN: the model's weights or logits are not finite; in training lower "
+            "learning_rate, then --resume, after deleting the newest checkpoint if it has them"
+        )
     stored = None
     if acting.top_p < 1.0:
         widest = support.shape[2] if model.is_fused else int((support >= 0).sum(dim=-1).max())

@@ -199,6 +199,11 @@ def warnings_of(
             f"only {valid:.0%} of the completions are valid: train SFT longer, or, if they were, "
             "see that valid text earns more than malformed"
         )
+    if skipped := metrics["update/num_skipped"]:
+        found.append(
+            f"{skipped:.0f} of {metrics['update/num_steps']:.0f} optimizer steps had a gradient "
+            "that is not finite and were left out; their batches are in skipped/"
+        )
     if metrics["update/grad_norm"] == 0:
         found.append("the gradient is exactly 0: AdamW only goes on as before")
     return [f"WARNING step {step + 1}: {line}" for line in found]

@@ -278,6 +278,12 @@ def test_a_value_at_the_edge_of_its_range_is_fine(kind: type[Settings]) -> None:
         ({"learning_rate": 1e39}, "learning_rate must be at most 1000, got 1e+39"),
         ({"final_norm_rate": 1e38}, "final_norm_rate must be at most 1000, got 1e+38"),
         ({"weight_decay": 1e39}, "weight_decay must be at most 1000, got 1e+39"),
+        ({"clip_eps_high": 1e39}, "clip_eps_high must be at most 1000000.0, got 1e+39"),
+        ({"save_dir": ""}, "save_dir must not be empty"),
+        # no float holds these, and no tensor is so wide
+        ({"micro_batch_size": 2**63}, f"micro_batch_size must be at most {2**53}, got {2**63}"),
+        ({"warmup_steps": 10**400}, f"warmup_steps must be at most {2**53}, got {10**400}"),
+        ({"lora_rank": 10**9}, "lora_rank must be at most 100000000, got 1000000000"),
         ({"lora_alpha": 8.0}, "lora_alpha must be left out with lora_rank 0"),
         ({"lora_targets": "q_proj"}, "lora_targets must be left out with lora_rank 0"),
         (
@@ -436,6 +442,12 @@ def test_the_source_of_the_preset_is_where_it_came_from(
 def test_choices_are_not_divided_by_the_spread_of_their_group() -> None:
     with pytest.raises(ValueError, match="advantage_std must be batch or none with credit choice"):
         GRPOConfig(credit="choice", advantage_std="group")
+
+
+def test_what_credit_for_a_whole_completion_does_not_read_is_refused_with_it() -> None:
+    message = "credit_lambda, follow_policy must be left out with credit completion"
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(credit="completion", credit_lambda=0.3, follow_policy=False)
 
 
 @pytest.mark.parametrize("name", ["reward_baseline", "reward_constraints_cap", "adaptive_terminal"])

@@ -210,6 +210,9 @@ def test_metrics_are_read_without_nulls_and_without_a_line_being_written(tmp_pat
         "a": ([0, 2], [1.0, 3.0]),
         "b": ([1], [2.0]),
     }
-    path.write_text('{"step": 0}\n[1]\n')
-    with pytest.raises(ValueError, match=r"line 2: must have a step"):
-        read_metrics(path)
+    for wrong in (
+        "[1]", '{"step": 1, "a": {}}', '{"step": 1, "a": "x"}', '{"step": 1e400}', "\xff"
+    ):  # fmt: skip
+        path.write_text('{"step": 0}\n' + wrong + "\n", encoding="latin-1")
+        with pytest.raises(ValueError, match=r"line 2: must have a step and numbers, got '"):
+            read_metrics(path)

@@ -376,7 +376,9 @@ def test_a_lock_of_a_number_that_no_process_has_is_taken_over(tmp_path: Path) ->
         assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"job": "", "pid": "me", "host": "here"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"job": "", "pid": "me", "host": "here"}', '{"job": "", "pid": 1e400}']
+)
 def test_a_lock_without_an_owner_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "LOCK").write_text(text)
     with pytest.raises(ValueError, match="names no owner"):
@@ -559,23 +561,45 @@ def test_a_run_is_not_resumed_without_the_metrics_of_its_steps(tmp_path: Path) -
     folder = finished_run(tmp_path / "run", num_steps=5)
     path, samples = folder / "metrics.jsonl", (folder / "samples.jsonl").read_bytes()
     lines = path.read_text().splitlines(keepends=True)
-    for kept in (lines[:3], lines[:2] + lines[3:], []):
+    swapped = [lines[0], lines[2], lines[1], *lines[3:]]
+    twice = [*lines[:2], *lines[1:2], *lines[3:]]
+    for kept, whole in (
+        (lines[:3], 3), (lines[:2] + lines[3:], 2), (swapped, 1), (twice, 2), ([], 0)
+    ):  # fmt: skip
         path.write_text("".join(kept)) if kept else path.unlink()
         with open_run(folder, overwrite=False, resume=True) as run:
-            message = f"metrics.jsonl must have a line .* from 0 to 4, .* got {min(4, len(kept))}: "
-            with pytest.raises(ValueError, match=message):
+            message = f"metrics.jsonl must have a line .* from 0 to 4, .* got {whole} in order: "
+            with pytest.raises(ValueError, match=message) as caught:
                 run.cut_logs(4)
+        advice = f"delete the checkpoints after step {whole - 1}, or --overwrite"
+        assert (advice in str(caught.value)) == (whole > 0)
+        assert not kept or path.read_text() == "".join(kept)
     assert (folder / "samples.jsonl").read_bytes() == samples
 
 
 def test_a_broken_line_inside_a_log_is_an_error_that_names_it(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
-    write_text(folder / "metrics.jsonl", '{"step": 0}\n{"stage": 1}\n')
+    path, deep = folder / "metrics.jsonl", "[" * 100_000
+    for wrong in (
+        '{"stage": 1}', '{"step": 1.5}', '{"step": 1e400}', '{"step": "1"}', deep, "\xff"
+    ):  # fmt: skip
+        path.write_text('{"step": 0}\n' + wrong + "\n", encoding="latin-1")
+        with open_run(folder, overwrite=False, resume=True) as run:
+            with pytest.raises(
+                ValueError, match=r"metrics.jsonl: line 2 must be an object with a step"
+            ):
+                run.cut_logs(1)
+
+
+@pytest.mark.parametrize("wrong", ['"x"', "[1]", "{}", "true"])
+def test_a_metric_that_is_no_number_is_an_error_that_names_it(wrong: str, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    text = '{"step": 0, "a": null}\n{"step": 1, "a": 0.5, "b": ' + wrong + "}\n"
+    (folder / "metrics.jsonl").write_text(text)
     with open_run(folder, overwrite=False, resume=True) as run:
-        with pytest.raises(
-            ValueError, match=r"metrics.jsonl: line 2 must be an object with a step"
-        ):
+        with pytest.raises(ValueError, match=r"b of step 1 must be a number or null, got"):
             run.cut_logs(1)
+    assert (folder / "metrics.jsonl").read_text() == text
 
 
 def test_each_attempt_has_a_record_of_its_own(

@@ -608,6 +608,8 @@ HEALTHY = {
     "rollout/frac_valid": 0.6,
     "rollout/logprob_gap_max": 5e-4,
     "update/grad_norm": 1e-9,
+    "update/num_skipped": 0.0,
+    "update/num_steps": 4.0,
 }
 
 
@@ -620,6 +622,7 @@ HEALTHY = {
         ("rollout/logprob_gap_max", 2e-3, "differ by 2.0e-03 nats"),
         ("rollout/logprob_gap_max", math.nan, "differ by nan nats"),
         ("update/grad_norm", 0.0, "exactly 0"),
+        ("update/num_skipped", 1.0, "1 of 4 optimizer steps had a gradient that is not finite"),
     ],
 )
 def test_each_sign_of_failure_is_told_alone(metric: str, value: float, told: str) -> None:
