@@ -115,7 +115,8 @@ def pair_mean(matrix: Tensor) -> tuple[float, float]:
 
     error^2 = (K - 1) / K sum_k (m_k - mean of m)^2,  m_k the mean without row and column k
     (Efron, Tibshirani 1993, eq. 11.5). The pairs share rollouts, so theirs would be too small. Of
-    independent vectors without any common direction it is 1.4 times too large, which is safe.
+    independent vectors without any common direction it is sqrt(2 (K - 1) / (K - 2)) times too large
+    (1.5 for 8), which is safe.
     """
     k = len(matrix)
     of_row = matrix.sum(dim=1) - matrix.diagonal()  # [K]

@@ -122,7 +122,8 @@ def plot_seed_bands(
             axis.plot(steps, values.mean(axis=0), color=colour, label=name)
             lowest, highest = values.min(axis=0), values.max(axis=0)
             axis.fill_between(steps, lowest, highest, color=colour, alpha=0.2)
-        axis.axhline(lqr_reward, color="#000000", linewidth=1.2, linestyle="--", label="LQR")
+        label = f"LQR, {lqr_reward:.1f}"  # of these starts: another number on others
+        axis.axhline(lqr_reward, color="#000000", linewidth=1.2, linestyle="--", label=label)
         # A model that is not yet well-formed has a reward near 0: that rise would fill the picture.
         axis.set_ylim(bottom=max(axis.get_ylim()[0], lqr_reward - 50))
         axis.set_xlabel(horizontal)
@@ -163,7 +164,8 @@ def _draw_rewards(axis: Axes, series: dict[str, Series]) -> None:
             axis.plot(*series[key], color=colour, marker="o", markersize=3.5, label=label)
     if "eval/lqr_reward" in series:
         height = float(series["eval/lqr_reward"][1][-1])
-        axis.axhline(height, color="#000000", linewidth=1.2, linestyle="--", label="LQR")
+        label = f"LQR, {height:.1f}"
+        axis.axhline(height, color="#000000", linewidth=1.2, linestyle="--", label=label)
     axis.set_ylabel("reward (points)")
     axis.legend(loc="best")
 

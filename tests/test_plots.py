@@ -163,7 +163,7 @@ def test_learning_curve_draws_what_the_run_logged(tmp_path, drawn):
     evaluated = [[float(step), 100.0 + step] for step in range(0, 61, 10)]
     assert rewards["validation, greedy"].tolist() == evaluated
     assert rewards["validation, sampled"][:, 1].tolist() == [value - 10 for _, value in evaluated]
-    assert set(rewards["LQR"][:, 1].tolist()) == {133.5}
+    assert set(rewards["LQR, 133.5"][:, 1].tolist()) == {133.5}
     raw = [line for line in drawn[0].axes[0].get_lines() if len(line.get_xdata()) == 60]
     assert raw[0].get_ydata().tolist() == total
     assert len(gains) == 9 and all(line[0, 1] == 0 for line in gains.values())
@@ -193,7 +193,7 @@ def test_seed_bands_are_mean_and_range_over_seeds_up_to_the_shortest(tmp_path, d
     (axis,) = drawn[0].axes
     shown = lines(axis)
     assert shown["grpo"].tolist() == [[0.0, 2.0], [10.0, 3.5]]
-    assert set(shown["LQR"][:, 1].tolist()) == {9.0}
+    assert set(shown["LQR, 9.0"][:, 1].tolist()) == {9.0}
     corners = {tuple(point) for point in axis.collections[0].get_paths()[0].vertices.tolist()}
     assert {(0.0, 1.0), (0.0, 3.0), (10.0, 2.0), (10.0, 5.0)} <= corners
     assert 0 < axis.get_ylim()[0] < 1  # all of it

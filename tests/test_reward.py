@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigrpo.double_integrator import DoubleIntegrator
+from minigrpo.data import split_starts
+from minigrpo.double_integrator import DoubleIntegrator, Trajectories
 from minigrpo.grpo import group_advantages
 from minigrpo.lqr import QuadraticCost, lqr_controls
 from minigrpo.prompts import Codec, parse_controls, render_controls
@@ -436,3 +437,42 @@ def test_both_rewards_read_the_same_tally():
     assert list(progress) == NAMES
     assert list(punishment) == ["cost", "success", "constraints"]
     assert all(len(value) == 3 for value in [*progress.values(), *punishment.values()])
+
+
+def test_lqr_is_no_ceiling_of_the_reward():
+    """Gradient ascent from LQR's plans, which README calls reachable; -s prints what it found."""
+    starts = split_starts(PLANT).test[:512].double()  # those of README's table
+    valid = torch.ones(len(starts), dtype=torch.bool)
+
+    def flown(controls):  # simulate, whose steps are not differentiable, as sums
+        velocity = torch.cat([starts[:, 1:], starts[:, 1:] + PLANT.dt * controls.cumsum(1)], 1)
+        moves = PLANT.dt * velocity[:, :-1] + PLANT.dt**2 / 2 * controls
+        position = torch.cat([starts[:, :1], starts[:, :1] + moves.cumsum(1)], 1)
+        states = torch.stack([position, velocity], 2)
+        outside = states[:, 1:].abs().amax(2) > PLANT.state_bound * (1 + 1e-6)
+        return Trajectories(states=states, controls=controls, num_violations=outside.sum(1))
+
+    def cost_of(controls):
+        return float(tally_of(controls, flown(controls), PLANT, COST).cost.sum())
+
+    expert = lqr_controls(starts, PLANT, COST)
+    of_expert = rewards_of(expert, PLANT.simulate(starts, expert), valid).total
+    assert torch.allclose(rewards_of(expert, flown(expert), valid).total, of_expert, atol=1e-9)
+    best, reward, controls = expert, of_expert, expert.clone().requires_grad_()
+    optimizer = torch.optim.Adam([controls], lr=0.03)
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 600)
+        total = rewards_of(controls, flown(controls), valid).total
+        best = torch.where((total > reward)[:, None], controls.detach(), best)
+        reward = torch.maximum(reward, total.detach())
+        optimizer.zero_grad()
+        total.sum().neg().backward()
+        optimizer.step()
+        with torch.no_grad():
+            controls.clamp_(-PLANT.control_bound, PLANT.control_bound)
+    found = rewards_of(best, PLANT.simulate(starts, best), valid).total
+    ratio = cost_of(best) / cost_of(expert)
+    print(f"LQR {of_expert.mean():.2f}, found {found.mean():.2f} for {ratio:.4f} times its cost")
+    assert torch.allclose(found, reward, atol=1e-9)
+    assert 1.45 < float((found - of_expert).mean()) < 1.6
+    assert 1.003 < ratio < 1.012
