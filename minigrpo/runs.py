@@ -641,6 +641,10 @@ def run_command(main: Callable[[], None]) -> None:
     if os.name == "nt":  # it has no SIGUSR1 and syncs no folders
         raise SystemExit("error: minigrpo runs on Linux and macOS, on Windows inside WSL")
     keep_freed_memory()
+    # A policy that is sure has probabilities below what float32 holds in full, and Intel's
+    # processors are slow with such numbers: steps of 25 s instead of 12, late in a run from 20,000
+    # demonstrations (docs/speed.md). Threads that are made later take the setting over.
+    torch.set_flush_denormal(True)
     try:
         main()
     except KeyboardInterrupt:

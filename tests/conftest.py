@@ -1,7 +1,9 @@
 """The suite runs offline, on one thread, and as if outside of a batch job."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,3 +12,10 @@ for name in [name for name in os.environ if name.startswith(("SLURM_", "RUN_DIR"
     if name != "SLURM_CONF":  # not of a job: it says which cluster sbatch talks to
         del os.environ[name]
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> Iterator[None]:
+    """`run_command` does without them for the rest of its process."""
+    yield
+    torch.set_flush_denormal(False)

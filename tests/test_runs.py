@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -355,6 +356,27 @@ def test_a_link_in_place_of_a_draft_is_not_followed(tmp_path: Path) -> None:
     runs.write_text(path, "running")
     assert victim.read_text() == "mine"
     assert path.read_text() == "running" and not path.is_symlink()
+
+
+def test_a_command_does_without_subnormal_numbers() -> None:
+    """In threads that it makes as well; with them an Intel processor is slow."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    torch.set_flush_denormal(False)
+    found: list[float] = []
+
+    def multiply() -> None:
+        found.append(float((torch.full((64,), 1e-30) * 1e-10).sum()))
+
+    def main() -> None:
+        multiply()
+        thread = threading.Thread(target=multiply)
+        thread.start()
+        thread.join()
+
+    multiply()
+    run_command(main)
+    assert found[0] == pytest.approx(64e-40) and found[1:] == [0.0, 0.0]
 
 
 def test_an_error_cannot_command_a_terminal_or_fill_a_log(
