@@ -1,6 +1,7 @@
-"""The suite runs offline, on one thread, and as if outside of a batch job."""
+"""The suite runs offline, on one thread, as if outside of a batch job and in the foreground."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ for name in [name for name in os.environ if name.startswith(("SLURM_", "RUN_DIR"
     if name != "SLURM_CONF":  # not of a job: it says which cluster sbatch talks to
         del os.environ[name]
 torch.set_num_threads(1)
+# A shell has the programs in the background of a script ignore Ctrl-C, and so do our programs then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
