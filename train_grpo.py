@@ -190,7 +190,7 @@ def rollout_and_update(
     metrics["time/update_s"] = time.perf_counter() - updating
     metrics["time/step_s"] = time.perf_counter() - began
     warnings = warnings_of(metrics, config, step, training.device.type == "cuda")
-    run.check_ours()
+    run.check_lock()  # here too, for samples are written before the step ends
     run.log_text(breakdown_line(experience.rewards, 0), *warnings)
     for record in sample_records(prompts, experience, rollout):
         run.log_sample(step + 1, record)

@@ -155,7 +155,7 @@ def _take_lock(lock: Path) -> str:
     before it is dead, even if a process has its id: Slurm ends all of one on its nodes before it
     starts the next. A node that Slurm could not reach may still be at work, and a process of
     another container may be taken for dead: such an owner finds another text in the lock before it
-    writes again (`RunFolder.check_ours`). Returns the text, which no other lock has.
+    writes again (`RunFolder.check_lock`). Returns the text, which no other lock has.
     """
     attempt = _slurm_attempt()
     owner = {"job": attempt, "pid": os.getpid(), "host": HOST, "since": time.time_ns()}
@@ -279,17 +279,17 @@ class RunFolder:
 
     def give_back(self) -> None:
         """On rank 0: remove the lock, unless it is somebody else's by now."""
-        if self._is_ours():
+        if self._has_lock():
             (self.folder / "LOCK").unlink()
         self._owner = None
 
-    def _is_ours(self) -> bool:
+    def _has_lock(self) -> bool:
         try:
             return (self.folder / "LOCK").read_text(errors="replace") == self._owner
         except FileNotFoundError:
             return False
 
-    def check_ours(self) -> None:
+    def check_lock(self) -> None:
         """OSError if what is at the folder's place is not this run's any more.
 
         Somebody moved the folder, or deleted the lock of a run that was at work; or Slurm gave up a
@@ -297,7 +297,7 @@ class RunFolder:
         """
 
         def check() -> None:
-            if not self._is_ours():
+            if not self._has_lock():
                 raise OSError(
                     f"{self.folder} is not this run's any more (moved, or its LOCK is another's or "
                     "gone): nothing more is written, --resume goes on from its newest checkpoint"
@@ -430,7 +430,7 @@ class RunFolder:
             return
         if kind is not None and self._is_running:
             with suppress(OSError):  # of a full disk the error that is on its way tells
-                if self._is_ours():
+                if self._has_lock():
                     write_text(self.folder / "STATUS", "failed\n")
         with suppress(OSError):
             self.give_back()

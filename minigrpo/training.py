@@ -203,7 +203,7 @@ class Training:
         hold other weights. OSError: a full disk, say, or the folder is another run's by now.
         """
         config, metrics = self.config, dict(metrics)
-        self.run.check_ours()
+        self.run.check_lock()
         self.done += 1
         is_last = self.done == config.steps
         if not failure and (is_last or self.done % config.eval_every == 0):

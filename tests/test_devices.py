@@ -285,9 +285,13 @@ def test_values_that_are_simulated_again_ask_nothing_of_the_host(gpu):
         simulator = ChoiceSimulator(OnDevice(numbers), eos, plant, QuadraticCost(), reward)
         tokens = OnDevice(torch.full((4, 4), eos))
         plans = simulator.plans_of(tokens, OnDevice(torch.zeros(4, 2, dtype=torch.float64)), 2)
-        simulator.values_of(plans, 4)
-        with gpu.capture(Graph(), None, None):  # where a copy from the host is an error
-            simulator.values_of(plans, 4)
+        once = simulator.values_of(plans, 4)
+        graph = Graph()
+        with gpu.capture(graph, None, None):  # where a copy from the host is an error
+            again = simulator.values_of(plans, 4)
+        graph.replay()
+    assert bool(once.values.held.any())
+    assert torch.equal(again.values.held, once.values.held)
 
 
 def test_what_an_evaluation_needs_is_recorded_once(gpu, monkeypatch, tmp_path):

@@ -311,11 +311,11 @@ def test_a_run_whose_lock_is_not_its_own_any_more_leaves_everything_as_it_is(
     with pytest.raises(OSError, match=r"is not this run's any more"):
         with open_run(tmp_path, overwrite=False, resume=False) as run:
             run.record_attempt("sft", {}, CPU)
-            run.check_ours()
+            run.check_lock()
             lock.unlink()
             if text is not None:
                 lock.write_bytes(text if isinstance(text, bytes) else text.encode())
-            run.check_ours()
+            run.check_lock()
     assert lock.exists() == (text is not None)
     assert (tmp_path / "STATUS").read_text() == "running\n"
 
@@ -328,9 +328,9 @@ def test_an_owner_that_was_taken_for_dead_finds_out(
         monkeypatch.setattr(runs, "_is_alive", lambda pid: False)  # as from another container
         with open_run(tmp_path, overwrite=False, resume=True) as second:
             with pytest.raises(OSError, match=r"is not this run's any more"):
-                first.check_ours()
+                first.check_lock()
             first.__exit__(OSError, OSError(), None)
-            second.check_ours()
+            second.check_lock()
             assert (tmp_path / "STATUS").read_text() == "running\n"
         assert not (tmp_path / "LOCK").exists()
 
